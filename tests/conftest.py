@@ -1,0 +1,213 @@
+"""Fixtures shared by the tests: tiny settings, a tiny tokenizer with data made of it, and runs of the real script."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+from shards import write_shard
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one".split()
+
+
+class Data(NamedTuple):
+    """A data directory with what was written into it."""
+
+    folder: Path
+    tokenizer: Path
+    train: np.ndarray
+    val: np.ndarray
+    val_bytes: np.ndarray
+    val_documents: list[str]
+
+
+class Run(NamedTuple):
+    """A finished process."""
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The run.json, of the only run in this folder or of that named `run`."""
+        return json.loads((self.folder / "logs" / "run.json").read_text())
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / tg.ARTIFACT_NAME
+
+    @property
+    def last_line(self) -> str:
+        return self.out.splitlines()[-1]
+
+    @property
+    def losses(self) -> list[float]:
+        return [float(x) for x in re.findall(r"train_loss:(\S+)", self.out)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    """Tiny tensors gain nothing from threads, and subprocesses run beside this process."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def config() -> tg.GPTConfig:
+    return tg.GPTConfig(
+        vocab_size=64, num_layers=5, model_dim=32, num_heads=4, num_kv_heads=2, logit_softcap=5.0, eval_seq_len=16
+    )
+
+
+@pytest.fixture(scope="session")
+def hp() -> tg.Hyperparameters:
+    return tg.Hyperparameters(
+        train_batch_tokens=128, train_seq_len=16, compile="0", compute_dtype="float32", max_wallclock_seconds=0.0
+    )
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., tg.GPT]:
+    """A function that makes a model whose every parameter is random, so that each one matters to the result."""
+
+    def make(config: tg.GPTConfig, seed: int = 0) -> tg.GPT:
+        generator = torch.Generator().manual_seed(seed)
+        model = tg.GPT(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0.0, p.size(-1) ** -0.5 if p.ndim == 2 else 1.0, generator=generator)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer() -> Callable[..., bytes]:
+    """A function that trains a SentencePiece model: BPE with byte fallback, as all tokenizers of the project."""
+
+    def train(documents: list[str], **options: Any) -> bytes:
+        model = io.BytesIO()
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(documents),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=320,
+            byte_fallback=True,
+            hard_vocab_limit=True,
+            minloglevel=2,
+            **options,
+        )
+        return model.getvalue()
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Text that a small model learns something about, with a few characters that only byte pieces can spell."""
+    rng = np.random.default_rng(0)
+    plain = [" ".join(rng.choice(WORDS, rng.integers(20, 80))) + "." for _ in range(400)]
+    return [text if i % 20 else f"  {text}\n\u6771\u4eac \U0001f642" for i, text in enumerate(plain)]
+
+
+@pytest.fixture(scope="session")
+def lossless_tokenizer(train_tokenizer, documents) -> bytes:
+    return train_tokenizer(
+        documents, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
+    """Train split in two shards whose edge cuts a sequence and a document; val split with a byte sidecar."""
+    folder = tmp_path_factory.mktemp("data")
+    sp = spm.SentencePieceProcessor(model_proto=lossless_tokenizer)
+
+    def tokens(texts: list[str]) -> np.ndarray:
+        return np.array([i for text in texts for i in [sp.bos_id(), *sp.encode(text)]], np.uint16)
+
+    def n_bytes(i: int) -> int:
+        if sp.is_control(i):
+            return 0
+        return 1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace("\u2581", " ").encode())
+
+    train, val = tokens(documents[20:]), tokens(documents[:20])
+    val_bytes = np.array([n_bytes(int(i)) for i in val], np.uint16)
+    assert int(val_bytes.sum()) == sum(len(text.encode()) for text in documents[:20])
+    write_shard(folder / "fineweb_train_000000.bin", train[:1001])
+    write_shard(folder / "fineweb_train_000001.bin", train[1001:])
+    write_shard(folder / "fineweb_val_000000.bin", val)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", val_bytes)
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(lossless_tokenizer)
+    return Data(folder, tokenizer, train, val, val_bytes, documents[:20])
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(data) -> dict[str, str]:
+    """Environment of a run of a few seconds, reproducible to the bit."""
+    return {
+        "PATH": os.environ.get("PATH", ""),
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "DATA_PATH": str(data.folder),
+        "TOKENIZER_PATH": str(data.tokenizer),
+        "RUN_ID": "run",
+        "VOCAB_SIZE": "320",
+        "NUM_LAYERS": "3",
+        "MODEL_DIM": "32",
+        "NUM_HEADS": "4",
+        "NUM_KV_HEADS": "2",
+        "TRAIN_SEQ_LEN": "32",
+        "TRAIN_BATCH_TOKENS": "256",
+        "ITERATIONS": "30",
+        "WARMDOWN_ITERS": "10",
+        "MAX_WALLCLOCK_SECONDS": "0",
+        "VAL_LOSS_EVERY": "0",
+        "TRAIN_LOG_EVERY": "1",
+        "COMPUTE_DTYPE": "float32",
+        "COMPILE": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory, tiny_settings) -> Callable[..., Run]:
+    """A function that runs train_gpt.py, or another command, in an empty directory with the tiny settings."""
+
+    def run(*command: str, **settings: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        done = subprocess.run(
+            [sys.executable, *(command or (str(ROOT / "train_gpt.py"),))],
+            cwd=folder,
+            env={**tiny_settings, **settings},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Run(done.returncode, done.stdout, done.stderr, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run_script) -> Run:
+    """One whole run of the script, looked at by many tests."""
+    run = run_script()
+    assert run.status == 0, run.err
+    return run

@@ -1,0 +1,144 @@
+"""Shards and batches: a step holds the same tokens on any machine, and damaged data never trains silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from shards import write_shard
+
+import train_gpt as tg
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, np.arange(100))
+    return path
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Five shards of distinct tokens, two of them empty. -> (stream, all tokens)"""
+    folder = tmp_path_factory.mktemp("split")
+    parts = np.split(np.arange(500, dtype=np.uint16), [101, 101, 240, 247])
+    for i, part in enumerate([*parts, np.zeros(0, np.uint16)]):
+        write_shard(folder / f"fineweb_train_{i:06d}.bin", part)
+    return tg.TokenStream(str(folder), "fineweb_train_[0-9]*.bin"), np.concatenate(parts)
+
+
+def test_read_shard_returns_what_was_written(shard, tmp_path):
+    assert tg.read_shard(shard).tolist() == list(range(100))
+    write_shard(tmp_path / "top.bin", [0, 65_535])
+    assert tg.read_shard(tmp_path / "top.bin").tolist() == [0, 65_535]
+
+
+def test_empty_shard_has_no_tokens(tmp_path):
+    """A memory map of nothing is an error of the system, a split that ends with an empty shard is none."""
+    write_shard(tmp_path / "empty.bin", [])
+    assert tg.read_shard(tmp_path / "empty.bin").tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b"", "not a token shard"),
+        (lambda b: b[:1023], "not a token shard"),
+        (lambda b: b"\0" + b[1:], "not a token shard"),
+        (lambda b: b[:4] + b"\2" + b[5:], "version 2"),
+        (lambda b: b[:-2], "truncated.* 100 .*99"),
+        (lambda b: b[:-1], "truncated"),
+        (lambda b: b[:1024], "truncated"),
+        (lambda b: b + b"\0\0", "too long.* 100 .*101"),
+        (lambda b: b + b"\0", "too long"),
+        (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "too long"),
+    ],
+)
+def test_damaged_shard_is_refused_by_name(shard, damage, message):
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        tg.read_shard(shard)
+    assert str(shard) in str(caught.value)
+
+
+@given(start=st.integers(0, 520), count=st.integers(0, 520))
+def test_read_crosses_edges_of_shards_as_if_there_were_none(split, start, count):
+    stream, tokens = split
+    assert len(stream) == len(tokens)
+    assert np.array_equal(stream.read(start, count), tokens[start : start + count])
+
+
+def test_missing_data_message_holds_commands_that_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        tg.TokenStream(str(tmp_path), "fineweb_train_[0-9]*.bin")
+    assert str(tmp_path) in str(caught.value)
+    assert len(re.findall(r"python data/\w+\.py", str(caught.value))) >= 2
+
+
+def batches(split, hp, world: tg.World, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return tg.Loader(split[0], hp, 500, world).batch(step)
+
+
+@pytest.mark.parametrize("micro", [0, 1, 16, 31, 48, 64, 1024])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_step_holds_the_same_tokens_for_any_ranks_and_micro_batches(split, hp, size, micro):
+    """31 sequences per epoch and 8 per step: sequences cross shards, step 3 crosses into the next epoch."""
+    hp = dataclasses.replace(hp, micro_batch_tokens=micro)
+    tokens = split[1].astype(np.int64)
+    for step in range(9):
+        starts = [(step * 8 + i) % 31 * 16 for i in range(8)]
+        pairs = [pair for rank in range(size) for pair in batches(split, hp, tg.World(rank, size), step)]
+        assert torch.cat([ids for ids, _ in pairs]).tolist() == [tokens[s : s + 16].tolist() for s in starts]
+        assert torch.cat([t for _, t in pairs]).tolist() == [tokens[s + 1 : s + 17].tolist() for s in starts]
+        limit = max(1, micro // 16) if micro else 8
+        assert all(len(ids) <= limit for ids, _ in pairs)
+
+
+def test_micro_batches_of_a_rank_are_of_almost_equal_size(split, hp):
+    """A last micro-batch of one row would compile another shape and idle the device."""
+    hp = dataclasses.replace(hp, train_batch_tokens=16 * 11, micro_batch_tokens=16 * 4)
+    sizes = [len(ids) for ids, _ in batches(split, hp, tg.World(), 0)]
+    assert sorted(sizes) == [3, 4, 4]
+
+
+def test_epoch_counts_readings_of_the_split(split, hp):
+    loader = tg.Loader(split[0], hp, 500, tg.World())
+    assert [loader.epoch(step) for step in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+
+
+@given(n=st.integers(0, 300), size=st.integers(1, 40))
+def test_shares_of_the_ranks_are_contiguous_and_differ_by_at_most_one(n, size):
+    shares = [tg.World(0, size).share(n, rank) for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [tg.World(rank, size).share(n) for rank in range(size)] == shares
+
+
+@pytest.mark.parametrize(("bad_at", "name", "offset"), [(0, 0, 0), (100, 0, 100), (101, 2, 0), (239, 2, 138)])
+def test_train_token_outside_the_vocabulary_is_named_with_file_and_offset(split, hp, tmp_path, bad_at, name, offset):
+    """Data of another tokenizer crashes a GPU in ways that name neither the data nor the token."""
+    tokens = split[1] % 64
+    tokens[bad_at] = 64
+    for i, part in enumerate(np.split(tokens, [101, 101, 240, 247])):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
+    loader = tg.Loader(tg.TokenStream(str(tmp_path), "fineweb_train_[0-9]*.bin"), hp, 64, tg.World())
+    with pytest.raises(ValueError, match=rf"fineweb_train_00000{name}\.bin .*\b64\b.* {offset}\b.*VOCAB_SIZE=64"):
+        [loader.batch(step) for step in range(2)]
+
+
+def test_too_few_tokens_for_a_step_are_refused(split, hp):
+    """500 tokens make 31 sequences of 16 with their last targets."""
+    tg.Loader(split[0], dataclasses.replace(hp, train_batch_tokens=31 * 16), 500, tg.World())
+    with pytest.raises(ValueError, match=r"500 .*TRAIN_BATCH_TOKENS=512"):
+        tg.Loader(split[0], dataclasses.replace(hp, train_batch_tokens=32 * 16), 500, tg.World())
+
+
+def test_more_ranks_than_sequences_are_refused(split, hp):
+    tg.Loader(split[0], hp, 500, tg.World(7, 8))
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=9 .*TRAIN_BATCH_TOKENS=128"):
+        tg.Loader(split[0], hp, 500, tg.World(8, 9))

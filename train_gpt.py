@@ -1,0 +1,1260 @@
+"""Train a small GPT under a hard size limit and score it in bits per byte (bpb), all in this one file.
+
+    PRESET=smoke python train_gpt.py                            a laptop, two minutes (README: its data is one command)
+    python train_gpt.py                                         one GPU, or a CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
+    EVAL_ARTIFACT=final_model.int8.ptz python train_gpt.py      score an artifact again, without training
+
+The run trains for MAX_WALLCLOCK_SECONDS, quantizes the weights to int8, compresses them, loads the file it wrote and
+scores that: the last line, `final_int8_zlib_roundtrip_exact val_loss:... val_bpb:...`, is the result. Code plus
+artifact must fit MAX_TOTAL_BYTES; a run that does not saves everything, says so and exits with status 3. Settings are
+the upper-cased fields of GPTConfig and Hyperparameters, as environment variables; PRESET picks their defaults.
+
+Writes   ARTIFACT_DIR/final_model.int8.ptz   the scored model: a JSON header and compressed weights, never code
+         OUT_DIR/<RUN_ID>.txt                the log, as on the screen
+         OUT_DIR/<RUN_ID>.json               settings, identities, seconds, bytes and results of the run
+
+Interface for tools (all that they may use; everything else is free to change):
+         load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
+         module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
+         module.config                             GPTConfig
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import struct
+import sys
+import sysconfig
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Settings = TypeVar("Settings", "GPTConfig", "Hyperparameters")
+Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
+LossFn = Callable[[Tensor, Tensor], Tensor]
+LogitsFn = Callable[[Tensor], Tensor]
+Log = Callable[[str], None]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # The published baseline of the challenge: 17,059,912 parameters, about 15.9 MB as int8 + zlib.
+    "baseline": "",
+    # A first run on any machine, on text that `python data/build_shards.py` makes without a download.
+    "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
+    "NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 "
+    "ITERATIONS=300 WARMDOWN_ITERS=150 MAX_WALLCLOCK_SECONDS=90 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=20",
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the weights mean. Stored in the artifact: it suffices to rebuild the model and to score it."""
+
+    vocab_size: int = 1024
+    num_layers: int = 9
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4  # below num_heads: grouped-query attention
+    mlp_mult: int = 2  # hidden width of the MLP / model_dim
+    tie_embeddings: bool = True  # the output matrix is the embedding
+    rope_base: float = 10_000.0
+    logit_softcap: float = 30.0  # logits stay within +-logit_softcap
+
+    bos_id: int = 1  # starts every document
+    eval_seq_len: int = 0  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
+    eval_stride: int = 0  # targets scored per window; 0 means eval_seq_len, that is windows without overlap
+    tokenizer_sha256: str = ""  # set by the run
+
+    document_masks: ClassVar[bool] = False  # attention looks across documents
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        heads, kv_heads, stride = self.num_heads, self.num_kv_heads, self.eval_stride
+        require(heads % kv_heads == 0, f"NUM_HEADS={heads} must be a multiple of NUM_KV_HEADS={kv_heads}")
+        even = f"MODEL_DIM={self.model_dim} must be a multiple of 2 * NUM_HEADS={2 * heads}: RoPE rotates channel pairs"
+        require(self.model_dim % (2 * heads) == 0, even)
+        require(self.bos_id < self.vocab_size, f"BOS_ID={self.bos_id} must be below VOCAB_SIZE={self.vocab_size}")
+        fits = stride <= self.eval_seq_len or self.eval_seq_len == 0
+        require(fits, f"EVAL_STRIDE={stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def eval_method(self) -> str:
+        return "sliding" if 0 < self.eval_stride < self.eval_seq_len else "flat"
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How the weights are found and where files lie. Logged, not stored in the artifact."""
+
+    preset: str = "baseline"
+    run_id: str = ""  # empty: a new uuid4
+    seed: int = 1337
+    data_path: str = "./data/datasets/fineweb10B_sp1024"  # holds fineweb_{train,val}_*.bin
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    out_dir: str = "logs"
+    artifact_dir: str = "."
+    eval_artifact: str = ""  # score this file and stop
+    max_total_bytes: int = 16_000_000  # code + artifact
+    compute_dtype: str = "auto"  # of matrix products: bfloat16, float32, or what the hardware is good at
+    compile: str = "auto"  # 1, 0, or auto: on where CUDA or a C++ compiler is found
+
+    # one step: train_batch_tokens / train_seq_len sequences, dealt to the ranks, each rank's in micro-batches
+    train_batch_tokens: int = 524_288
+    train_seq_len: int = 1024
+    micro_batch_tokens: int = 0  # per rank and forward pass; 0: found
+    iterations: int = 20_000
+    warmdown_iters: int = 1200  # the learning rate falls to zero over the last steps
+    warmup_steps: int = 20  # steps to compile on before the clock starts, undone afterwards
+    max_wallclock_seconds: float = 600.0  # of training; 0: no limit
+
+    val_batch_size: int = 524_288  # tokens per evaluation step over all ranks, at most
+    val_loss_every: int = 1000  # steps; 0: only at the end
+    val_max_tokens: int = 0  # score only the first tokens, for a quick look; 0: all
+    train_log_every: int = 200
+
+    tied_embed_init_std: float = 0.005
+    qk_gain_init: float = 1.5
+    embed_lr: float = 0.6  # untied embedding
+    head_lr: float = 0.008  # untied output matrix
+    tied_embed_lr: float = 0.05
+    matrix_lr: float = 0.04
+    scalar_lr: float = 0.04
+    muon_momentum: float = 0.95
+    muon_momentum_warmup_start: float = 0.85
+    muon_momentum_warmup_steps: int = 500
+    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.0  # 0: no clipping
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        batch, seq_len = self.train_batch_tokens, self.train_seq_len
+        require(batch % seq_len == 0, f"TRAIN_BATCH_TOKENS={batch} must be a multiple of TRAIN_SEQ_LEN={seq_len}")
+        plain = Path(self.run_id).name == self.run_id
+        require(plain, f"RUN_ID={self.run_id!r} names files in OUT_DIR and must not hold a path")
+
+
+RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everything from 0 to 1e15
+    **dict.fromkeys(("num_layers", "num_heads", "num_kv_heads", "mlp_mult"), (1, 256)),
+    **dict.fromkeys(("train_batch_tokens", "train_log_every", "val_batch_size", "max_total_bytes"), (1, 1e15)),
+    **dict.fromkeys(("eval_seq_len", "eval_stride"), (0, 2**20)),
+    "train_seq_len": (1, 2**20),
+    "vocab_size": (1, 65_536),
+    "model_dim": (2, 16_384),
+    "rope_base": (1, 1e12),
+    "logit_softcap": (1e-3, 1e6),
+}
+CHOICES = {"compute_dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "0", "1")}
+
+
+def require(ok: bool, message: str) -> None:
+    """For what a user can cause; `message` names the variable or file, its value and the remedy."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_fields(settings: GPTConfig | Hyperparameters) -> None:
+    """Raise ValueError unless every field has exactly the type of its default and a value that can be meant."""
+    for field in dataclasses.fields(settings):
+        value, kind, name = getattr(settings, field.name), type(field.default), field.name.upper()
+        require(type(value) is kind, f"{name}={value!r} must be of type {kind.__name__}")
+        if kind in (int, float):
+            low, high = RANGES.get(field.name, (0, 1e15))
+            require(low <= value <= high, f"{name}={value} must be from {low:g} to {high:g}")
+        elif field.name in CHOICES:
+            choices = CHOICES[field.name]
+            require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
+    """Build `cls` from `env`: field `num_layers` is NUM_LAYERS if set, else the default of PRESET, else its own.
+
+    Raises ValueError naming the variable: wrong type, out of range, unknown preset, or a misspelt setting.
+    """
+    preset, values = env.get("PRESET", "baseline"), dict[str, Any]()
+    require(preset in PRESETS, f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
+    reject_misspelt(env)
+    merged = {**dict(item.split("=") for item in PRESETS[preset].split()), **env}
+    for field in dataclasses.fields(cls):
+        name, kind = field.name.upper(), cast(Any, type(field.default))
+        if name in merged:
+            try:
+                values[field.name] = {"0": False, "1": True}[merged[name]] if kind is bool else kind(merged[name])
+            except (ValueError, KeyError):
+                expected = "0 or 1" if kind is bool else f"of type {kind.__name__}"
+                raise ValueError(f"{name}={merged[name]!r} must be {expected}") from None
+    return cls(**values)
+
+
+SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
+
+
+def reject_misspelt(env: Mapping[str, str]) -> None:
+    """Raise ValueError for a variable that is one edit away from a setting: the shell would ignore it silently."""
+    exempt = ("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH", "NCCL_", "GLOO_", "OMP_", "MKL_", "CUDA")
+    for name in sorted(env.keys() - SETTINGS):
+        meant = [] if name.startswith(exempt) else [right for right in sorted(SETTINGS) if one_edit_apart(name, right)]
+        require(not meant, f"{name}={env[name]!r} is not a setting: say {' or '.join(meant)}, or unset it")
+
+
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one insertion, deletion, substitution or swap of neighbours turns `a` into `b`."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return max(len(a), len(b)) == 1 or (len(a) == len(b) == 2 and a == b[::-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Model
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Module):
+    """A matrix product without bias: float32 weight, product in the dtype of the input."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_table(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (Su et al. 2021), each (T, E / 2), with dtype and device of `like`."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, device=like.device, dtype=torch.float32), frequency)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i and channel i + E / 2 of each head by the angle of its position. (B, H, T, E) -> same"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; queries and keys are normalised, a learned gain per head sets the sharpness.
+
+    scaled_dot_product_attention on every device: on a CPU with bf16 matrix units its forward and backward took 52 ms
+    at 16 x 512 tokens, compiled query blocks of plain products 45 ms, but with 15 s more of compilation.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.c_q = Linear(config.model_dim, config.model_dim)
+        self.c_k = Linear(config.model_dim, kv_dim)
+        self.c_v = Linear(config.model_dim, kv_dim)
+        self.proj = Linear(config.model_dim, config.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(config.num_heads))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q = rotate(norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None, None]
+        k = rotate(norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc = Linear(config.model_dim, config.mlp_mult * config.model_dim)
+        self.proj = Linear(config.mlp_mult * config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())  # relu^2: So et al. 2021 (Primer)
+
+
+class Block(nn.Module):
+    """Attention and MLP around a residual stream that can blend the embedding `x0` back in."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(config), MLP(config)
+        self.attn_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+
+
+def output_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
+    """(B, T, D), (V, D) -> (B, T, V) float32 within +-softcap (Gemma 2, 2024)."""
+    return softcap * torch.tanh(F.linear(norm(x), weight.to(x.dtype)).float() / softcap)
+
+
+def output_loss(x: Tensor, weight: Tensor, softcap: float, targets: Tensor) -> Tensor:
+    """Mean nats per target. (B, T, D), (V, D), (B, T) int64 -> ()"""
+    return F.cross_entropy(output_logits(x, weight, softcap).flatten(0, 1), targets.flatten())
+
+
+class GPT(nn.Module):
+    """A decoder whose first half feeds its second half through skip connections, last to first (U-net)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32  # of activations; see pick_dtype
+        self.output_loss = output_loss  # an attribute, so that it can be compiled by itself
+        self.tok_emb = Linear(
+            config.model_dim, config.vocab_size
+        )  # used both ways: rows looked up, and as output matrix
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.num_encoder_layers = config.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.empty(self.num_encoder_layers, config.model_dim))
+        self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight  # (V, D)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D), before the last normalisation."""
+        x0 = norm(F.embedding(ids, self.tok_emb.weight).to(self.compute_dtype))
+        cos, sin = rotary_table(ids.size(1), self.config.head_dim, self.config.rope_base, like=x0)
+        x = x0.clone()  # were x the same tensor as x0, the first block would be compiled a second time
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i >= self.num_encoder_layers and skips:
+                x = x + self.skip_weights[i - self.num_encoder_layers].to(x.dtype) * skips.pop()
+            x = block(x, x0, cos, sin)
+            if i < self.num_encoder_layers:
+                skips.append(x)
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
+        return output_logits(self.hidden(ids), self.output_weight, self.config.logit_softcap)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats per target. (B, T) int64, (B, T) int64 -> ()"""
+        return self.output_loss(self.hidden(ids), self.output_weight, self.config.logit_softcap, targets)
+
+
+@torch.no_grad()
+def init_weights(model: GPT, hp: Hyperparameters) -> None:
+    """Set every parameter; the same values on every device and rank for one SEED.
+
+    tok_emb                 N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
+    c_q, c_k, c_v, fc       U(-1, 1) / sqrt(fan in), as nn.Linear does
+    proj, lm_head           0: blocks start as the identity, untied logits as uniform
+    q_gain                  QK_GAIN_INIT
+    attn_scale, mlp_scale, skip_weights   1
+    resid_mix               1 for the stream, 0 for the embedding
+    """
+    generator = torch.Generator().manual_seed(hp.seed)
+    for name, p in model.named_parameters():
+        value = torch.empty(p.shape)
+        kind = name.removesuffix(".weight").split(".")[-1]
+        if kind == "tok_emb":
+            value.normal_(0.0, hp.tied_embed_init_std if model.config.tie_embeddings else 1.0, generator=generator)
+        elif kind in ("c_q", "c_k", "c_v", "fc"):
+            value.uniform_(-1.0, 1.0, generator=generator).mul_(p.size(1) ** -0.5)
+        elif kind in ("proj", "lm_head"):
+            value.zero_()
+        elif kind == "q_gain":
+            value.fill_(hp.qk_gain_init)
+        elif kind in ("attn_scale", "mlp_scale", "skip_weights"):
+            value.fill_(1.0)
+        elif kind == "resid_mix":
+            value[0], value[1] = 1.0, 0.0
+        else:
+            raise AssertionError(f"parameter {name} has no initial value")
+        p.copy_(value)
+
+
+def pick_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
+    """bfloat16 where matrix products are faster in it (CUDA, CPUs with the instructions), else float32."""
+    if setting != "auto":
+        return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def wants_compile(setting: str, device: torch.device) -> bool:
+    """COMPILE=auto: always on CUDA, on a CPU if there is a C++ compiler and the headers it needs."""
+    if setting != "auto" or device.type != "cpu":
+        return setting == "1" or (setting == "auto" and device.type == "cuda")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
+    """The functions to train and to evaluate with.
+
+    CUDA compiles the whole graph. A CPU compiles one block, for all layers, and the loss: 7 % slower steps than with
+    the whole graph, but the first one comes after a third of the time.
+    """
+    options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
+    if enabled and next(model.parameters()).is_cuda:
+        return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
+    if enabled:
+        for block in model.blocks:
+            block.compile(**options)
+        model.output_loss = torch.compile(output_loss, **options)
+    return model.loss, model.forward
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def orthogonalize(g: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Replace the singular values of every matrix by values near 1. (N, R, C) -> (N, R, C) in `dtype`
+
+    The quintic Newton-Schulz iteration of Muon (kellerjordan.github.io/posts/muon), zeropower_via_newtonschulz5 in
+    other codebases, as one chain of batched products. Singular values land in about [0.7, 1.2], not on 1: the
+    coefficients trade accuracy at 1 for slope at 0, so that weak directions rise fast.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # so that the Gram matrix is the small one
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalized step (Jordan et al. 2024), for the matrices inside the blocks only.
+
+    lr is in units of spectral norm per step, with tall matrices scaled by sqrt(rows / columns) for an equal RMS change.
+    Matrices of one shape are stacked and orthogonalized together; every rank takes a share of each stack, and one
+    all-reduce hands the results round. Momentum is kept on every rank, so that any rank can save the run.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, world: World) -> None:
+        self.world = world
+        shapes = dict.fromkeys(p.shape for p in params)  # a set that keeps the order
+        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "steps": steps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        updates = []
+        for group in self.param_groups:
+            params: list[nn.Parameter] = group["params"]
+            grads = torch.stack([p.grad for p in params if p.grad is not None])  # (N, R, C)
+            state = self.state[params[0]]
+            buffer = state["momentum"] = state.get("momentum", torch.zeros_like(grads))
+            buffer.mul_(group["momentum"]).add_(grads)
+            mine = self.world.share(len(params))
+            nesterov = grads.add_(buffer, alpha=group["momentum"])[mine.start : mine.stop]
+            update = torch.zeros_like(grads, dtype=pick_dtype(grads.device))
+            update[mine.start : mine.stop] = orthogonalize(nesterov, group["steps"], update.dtype)
+            updates.append(update)
+        self.world.sum_all(updates)
+        for group, update in zip(self.param_groups, updates, strict=True):
+            lr = group["lr"] * max(1.0, update.size(1) / update.size(2)) ** 0.5
+            torch._foreach_add_(group["params"], list(update.float().unbind()), alpha=-lr)
+
+
+def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, Adam for embedding, output matrix, gains and scales."""
+    matrices = [p for name, p in model.blocks.named_parameters() if name.endswith(".weight")]
+    scalars = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
+    embed_lr = hp.tied_embed_lr if model.config.tie_embeddings else hp.embed_lr
+    groups = [{"params": [model.tok_emb.weight], "lr": embed_lr}, {"params": scalars, "lr": hp.scalar_lr}]
+    if model.lm_head is not None:
+        groups.append({"params": [model.lm_head.weight], "lr": hp.head_lr})
+    fused = world.device.type in ("cpu", "cuda")
+    adam = torch.optim.Adam(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=fused)
+    muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_backend_steps, world)
+    optimizers: list[torch.optim.Optimizer] = [muon, adam]
+    owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) == len(list(model.parameters())), "a parameter is in no group or in two"
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the .bin format of llm.c; data/shards.py writes it
+
+
+class World(NamedTuple):
+    """Who am I among the processes of this run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, n: int) -> range:
+        """This rank's contiguous share of n things; shares differ by at most one, the last rank has a largest."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def sum_all(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each of the tensors, all of one dtype, over the ranks: in place, in one collective."""
+        if self.size == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+    def agree(self, x: float) -> float:
+        """Rank 0's `x` on every rank, for what the ranks must not decide differently. Also a barrier."""
+        shared = torch.tensor(x, dtype=torch.float64)  # on the CPU, through gloo: the device need not stop for it
+        if self.size > 1:
+            dist.broadcast(shared, src=0)
+        return float(shared)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one .bin shard, memory-mapped. -> (N,) uint16
+
+    llm.c layout: 256 little-endian int32 (magic, version, N, zeros), then N little-endian uint16.
+    Raises ValueError, naming the file, if it is anything else.
+    """
+    header, remedy = np.fromfile(path, dtype="<i4", count=HEADER_INTS), "build it again with data/build_shards.py"
+    is_shard = header.size == HEADER_INTS and header[0] == SHARD_MAGIC
+    require(is_shard, f"{path} is not a token shard (its first bytes are not magic {SHARD_MAGIC}): {remedy}")
+    require(header[1] == SHARD_VERSION, f"{path} has shard version {header[1]}, not {SHARD_VERSION}: {remedy}")
+    held, promised = (path.stat().st_size - 4 * HEADER_INTS) / 2, int(header[2])
+    state = "truncated" if held < promised else "too long" if held > promised else "empty"
+    require(held == promised > 0, f"{path} is {state}: its header says {promised} tokens, it holds {held:g}: {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(promised,))
+
+
+class TokenStream:
+    """The shards of one split as one long sequence of tokens."""
+
+    def __init__(self, folder: str, pattern: str) -> None:
+        self.files = sorted(Path(folder).glob(pattern))
+        if not self.files:
+            raise FileNotFoundError(
+                f"DATA_PATH={folder!r} holds no {pattern}: make it with `python data/build_shards.py` (an embedded "
+                "corpus, for PRESET=smoke) or `python data/build_shards.py --name NAME --input FILE.jsonl --val-docs N`"
+            )
+        self.shards = [read_shard(file) for file in self.files]
+        self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, across the edges of shards. -> (count,) uint16"""
+        parts = [np.zeros(0, "<u2")]
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            if start < end and count > 0:
+                first = start - (end - len(shard))
+                parts.append(shard[first : first + count])
+                start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
+
+    def require_below(self, vocab_size: int, tokens: np.ndarray, start: int) -> None:
+        """Raise ValueError with file and offset if one of `tokens`, read at `start`, is not below `vocab_size`."""
+        if int(tokens.max()) >= vocab_size:
+            at = start + int(np.argmax(tokens >= vocab_size))
+            shard = bisect.bisect_right(self.ends, at)
+            offset = at - (self.ends[shard] - len(self.shards[shard]))
+            found = f"{self.files[shard]} holds token {tokens[at - start]} at offset {offset}"
+            raise ValueError(f"{found}, not below VOCAB_SIZE={vocab_size}: name the tokenizer of these shards")
+
+
+class Loader:
+    """Batches of the train split as a pure function of the step.
+
+    The split is cut into sequences of seq_len + 1 tokens that overlap by one. Step s takes the next n_sequences of them
+    in order, starting over at the end (a new epoch); a rank takes a contiguous share, in micro-batches of almost
+    equal size. Thus the tokens of a step are the same for any number of ranks and any micro-batch.
+    """
+
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, vocab_size: int, world: World) -> None:
+        self.stream, self.vocab_size, self.world, self.seq_len = stream, vocab_size, world, hp.train_seq_len
+        self.n_sequences = hp.train_batch_tokens // hp.train_seq_len
+        self.epoch_sequences = (len(stream) - 1) // hp.train_seq_len
+        self.micro_sequences = math.ceil(hp.micro_batch_tokens / hp.train_seq_len)  # 0 until fit_micro_batch
+        data, batch = f"DATA_PATH={hp.data_path!r}", f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}"
+        short = f"{data} holds {len(stream)} train tokens, too few for one step of {batch}: lower it"
+        require(self.epoch_sequences >= self.n_sequences, short)
+        few = f"WORLD_SIZE={world.size} exceeds the {self.n_sequences} sequences of a step: lower it or raise {batch}"
+        require(self.n_sequences >= world.size, few)
+
+    def epoch(self, step: int) -> int:
+        return step * self.n_sequences // self.epoch_sequences
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Sequence `index` of the run. -> (T + 1,) uint16"""
+        start = index % self.epoch_sequences * self.seq_len
+        tokens = self.stream.read(start, self.seq_len + 1)
+        self.stream.require_below(self.vocab_size, tokens, start)
+        return tokens
+
+    def batch(self, step: int) -> Batch:
+        """This rank's micro-batches of a step. -> [(ids, targets)], each (b, T) int64 on the device"""
+        mine = self.world.share(self.n_sequences)
+        n_micro = math.ceil(len(mine) / (self.micro_sequences or len(mine)))
+        pairs = []
+        for part in (World(i, n_micro).share(len(mine)) for i in range(n_micro)):
+            rows = [self.sequence(step * self.n_sequences + mine[j]) for j in part]
+            tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+            tokens = tokens.pin_memory() if self.world.device.type == "cuda" else tokens
+            tokens = tokens.to(self.world.device, non_blocking=True)
+            pairs.append((tokens[:, :-1], tokens[:, 1:]))
+        return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Evaluation: bits per byte
+# ----------------------------------------------------------------------------------------------------------------------
+
+JUDGE_VERSION = 1  # changes whenever a function of this section could give another score
+EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (float32: 128 MiB); fixed, so that scores repeat
+
+
+class Score(NamedTuple):
+    """Three exact sums over the targets of a split, and the two quotients made of them."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte: independent of the tokenizer, which changes the number of targets but not of bytes."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class ValSplit(NamedTuple):
+    """The validation split."""
+
+    ids: np.ndarray  # (N,) uint16
+    bytes: np.ndarray  # (N,) uint16, of text that each token stands for as a target
+    identity: dict[str, Any]  # what was loaded and how its bytes are counted; goes into the log
+
+
+def piece_bytes(sp: spm.SentencePieceProcessor, ids: np.ndarray) -> np.ndarray:
+    """Bytes of each token of normalised text, as the published challenge counts them. (N,) -> (N,) uint16
+
+    A piece counts its UTF-8 bytes, a byte piece 1, a control, unknown or unused piece 0. The mark U+2581 at the start
+    of a piece is one space, except after a control piece, where the tokenizer put it and the text has none. Text
+    that the tokenizer's normaliser folded is counted as folded, which is not the source text.
+    Raises ValueError for a tokenizer with the mark inside a piece, whose pieces do not tell the bytes.
+    """
+    mark, n = "\u2581", sp.get_piece_size()
+    pieces = [sp.id_to_piece(i) for i in range(n)]
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
+    for i, piece in enumerate(pieces):
+        fine = bool(special[i]) or mark not in piece[1:]
+        require(fine, f"TOKENIZER_PATH has piece {i} {piece!a}, which tells no bytes: use data with a byte sidecar")
+    lengths = [1 if sp.is_byte(i) else len(piece.removeprefix(mark).encode()) for i, piece in enumerate(pieces)]
+    base = np.where(special, 0, lengths).astype(np.uint16)
+    space = np.array([piece.startswith(mark) for piece in pieces]) & ~special
+    after_special = np.concatenate(([True], special[ids[:-1]]))
+    return base[ids] + (space[ids] & ~after_special)
+
+
+def load_tokenizer(path: str, config: GPTConfig) -> tuple[spm.SentencePieceProcessor, str]:
+    """The tokenizer and the sha256 of its file. Raises if it is missing, no SentencePiece model, or another one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"TOKENIZER_PATH={path!r} does not exist: data/build_shards.py makes one with the data")
+    data = Path(path).read_bytes()
+    sha256, name = hashlib.sha256(data).hexdigest(), f"TOKENIZER_PATH={path!r}"
+    try:
+        sp = spm.SentencePieceProcessor(model_proto=data)
+        size = sp.get_piece_size()
+    except (RuntimeError, OSError):
+        size = 0
+    require(size > 0, f"{name} is not a SentencePiece model: name the .model file the shards were made with")
+    require(size == config.vocab_size, f"{name} has {size} pieces, not VOCAB_SIZE={config.vocab_size}: set it so")
+    require(sp.bos_id() == config.bos_id, f"{name} has BOS id {sp.bos_id()}, not BOS_ID={config.bos_id}: set it so")
+    known = config.tokenizer_sha256 in ("", sha256)
+    require(known, f"{name} has sha256 {sha256}, not the artifact's {config.tokenizer_sha256}: name that tokenizer")
+    return sp, sha256
+
+
+def load_val_split(hp: Hyperparameters, config: GPTConfig, sp: spm.SentencePieceProcessor, sha256: str) -> ValSplit:
+    """The split to score, with the bytes of every token from the sidecar where the data has one, else from the pieces.
+
+    Raises ValueError for ids outside the vocabulary, and for files that contradict their manifest or each other.
+    """
+    stream, sidecar = TokenStream(hp.data_path, "fineweb_val_[0-9]*.bin"), None
+    ids = stream.read(0, len(stream))
+    stream.require_below(config.vocab_size, ids, 0)
+    if any(Path(hp.data_path).glob("fineweb_val_bytes_*.bin")):
+        sidecar = TokenStream(hp.data_path, "fineweb_val_bytes_*.bin")
+        counts = f"DATA_PATH={hp.data_path!r} has {len(ids)} validation tokens but {len(sidecar)} byte counts"
+        require(len(sidecar) == len(ids), f"{counts}: export it again with data/build_shards.py")
+    n_bytes = sidecar.read(0, len(sidecar)) if sidecar else piece_bytes(sp, ids)
+    keep = min(len(ids), hp.val_max_tokens or len(ids))
+    has_text = bool(n_bytes[1:keep].any())
+    require(has_text, f"DATA_PATH={hp.data_path!r} has no text in its first {keep} validation tokens: score more")
+    identity = {
+        "val_tokens": len(ids),
+        "val_documents": int((ids == config.bos_id).sum()),
+        "val_bytes": int(n_bytes.sum(dtype=np.int64)),
+        "val_accounting": "sidecar" if sidecar else "pieces",
+        "val_shards_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        **check_manifest(Path(hp.data_path), stream.files + (sidecar.files if sidecar else []), sha256),
+        "partial": keep < len(ids),
+    }
+    return ValSplit(ids[:keep], n_bytes[:keep], identity)
+
+
+def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> dict[str, Any]:
+    """What manifest.json adds to the identity of the validation split; raises ValueError if the files contradict it."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {"val_text_sha256": "unknown", "tokenizer_lossless": "unknown"}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        val, tokenizer = manifest["splits"]["val"], manifest["tokenizer"]
+        promised, sha256 = dict(val["files"]), str(tokenizer["sha256"])
+        identity = {"val_text_sha256": str(val["text_sha256"]), "tokenizer_lossless": bool(tokenizer["lossless"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a manifest of data/build_shards.py: export the data again") from None
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    for name in sorted({*found, *(name for name in promised if "_bytes_" not in name)}):
+        same = found.get(name) == promised.get(name)
+        require(same, f"{folder / name} contradicts {path}: fetch or export the data again")
+    mine = f"TOKENIZER_PATH has sha256 {tokenizer_sha256}"
+    require(sha256 == tokenizer_sha256, f"{mine}, but {path} says {sha256}: name the tokenizer the data was made with")
+    return identity
+
+
+def scoring_windows(n_tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows (start, first, last) that score every position 1 .. n_tokens - 1 exactly once, the tail included.
+
+    A window feeds ids[start : start + seq_len] and scores positions first .. last - 1, `stride` of them but for the
+    tail. With stride = seq_len windows do not overlap; a smaller one gives each target more context.
+    """
+    for first in range(1, n_tokens, stride):
+        yield max(0, first - 1 + stride - seq_len), first, min(first + stride, n_tokens)
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target]. (B, T, V) float32, (B, T) int64 -> (B, T) float32"""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+@torch.no_grad()
+def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperparameters, world: World) -> Score:
+    """Score a split: every token but the first is a target, once. A BOS costs nats and stands for 0 bytes.
+
+    Every forward pass has the same shape (short windows and the last batch are padded, which a causal model cannot
+    see), so that nothing is compiled twice. Sums are float64 or integers; ranks meet in one collective at the end.
+    """
+    seq_len, sums = config.eval_seq_len, torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    rows = max(1, min(hp.val_batch_size // world.size, EVAL_LOGITS // config.vocab_size) // seq_len)
+    windows = list(scoring_windows(len(split.ids), seq_len, config.eval_stride or seq_len))
+    mine = world.share(len(windows))
+    for begin in range(mine.start, mine.stop, rows):
+        tokens = torch.zeros(rows, seq_len + 1, dtype=torch.int64)
+        scored = torch.zeros(rows, seq_len, dtype=torch.bool)  # column t: token t + 1 of its row is a target here
+        for row, (start, first, last) in enumerate(windows[begin : min(begin + rows, mine.stop)]):
+            tokens[row, : last - start] = torch.from_numpy(split.ids[start:last].astype(np.int64))
+            scored[row, first - start - 1 : last - start - 1] = True
+            sums[2] += int(split.bytes[first:last].sum(dtype=np.int64))
+        batch = tokens.to(world.device)
+        losses = target_nats(logits_fn(batch[:, :-1]), batch[:, 1:]).cpu()
+        sums[:2] += torch.stack((losses[scored].double().sum(), scored.sum().double()))
+    world.sum_all([sums])
+    return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+# File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), JSON header, compressed payload.
+# Header: format, codec, config, tensors as [name, kind, shape], payload_bytes. Payload: the tensors one after another.
+#   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale
+#   float32     any shape, little-endian
+
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, CODEC, ARTIFACT_NAME = b"GOLFGPT\n", 1, "int8_zlib", "final_model.int8.ptz"
+ARTIFACT_PREFIX = struct.Struct("<8sII")
+MAX_PARAMETERS = 2**28  # of an artifact that is read; bounds the memory that a hostile file can ask for
+
+
+def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row. (R, C) float32 -> (R, C) int8, (R, 1) float16
+
+    The scale puts the largest weight of a row on 127, so that nothing is clipped and the error is at most scale / 2,
+    but for the largest weights: storing the scale in float16 may round it down by up to 2**-11 of itself.
+    """
+    scale = (w.abs().amax(dim=1, keepdim=True) / 127).clamp_min(2**-14).half()  # 2**-14: least normal float16
+    return (w / scale.float()).round().clamp(-127, 127).to(torch.int8), scale  # by the scale as it is stored
+
+
+def tensor_table(model: GPT) -> list[list[Any]]:
+    """[name, kind, shape] of every tensor: matrices are stored in int8, gains and scales in float32."""
+    state = model.state_dict().items()
+    return [[n, "int8_rows" if n.endswith(".weight") else "float32", list(p.shape)] for n, p in state]
+
+
+def stored_bytes(kind: str, shape: list[int]) -> int:
+    return 2 * shape[0] + math.prod(shape) if kind == "int8_rows" else 4 * math.prod(shape)
+
+
+def pack_artifact(model: GPT) -> bytes:
+    """The whole file for a model: its config and its quantized weights."""
+    state, table, payload = model.state_dict(), tensor_table(model), b""
+    for name, kind, _ in table:
+        w = state[name].detach().float().cpu()
+        fine = bool(w.isfinite().all()) and float(w.abs().max()) < 127 * 65_000  # the scale must fit a float16
+        require(fine, f"parameter {name} is not finite or too large to quantize: train with lower learning rates")
+        if kind == "int8_rows":
+            q, scale = quantize_rows(w)
+            payload += scale.numpy().astype("<f2").tobytes() + q.numpy().tobytes()
+        else:
+            payload += w.numpy().astype("<f4").tobytes()
+    config = dataclasses.asdict(model.config)
+    header = {"format": ARTIFACT_FORMAT, "codec": CODEC, "config": config, "tensors": table}
+    text = json.dumps({**header, "payload_bytes": len(payload)}, separators=(",", ":")).encode()
+    body = text + zlib.compress(payload, 9)
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
+
+
+def read_artifact(path: Path) -> tuple[GPT, bytes]:
+    """The empty model (on the meta device) that an artifact describes, and its payload, bounded and checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
+    require(path.stat().st_size < 8 * MAX_PARAMETERS, f"{path} has more bytes than any artifact: name another file")
+    data, damaged = path.read_bytes(), f"{path} is damaged: copy or make it again"
+    is_artifact = len(data) >= ARTIFACT_PREFIX.size and data.startswith(ARTIFACT_MAGIC)
+    require(is_artifact, f"{path} is not an artifact of train_gpt.py: it does not start with {ARTIFACT_MAGIC!r}")
+    (_, crc32, length), body = ARTIFACT_PREFIX.unpack_from(data), data[ARTIFACT_PREFIX.size :]
+    require(zlib.crc32(body) == crc32 and length <= len(body), f"{damaged} (checksum)")
+    try:
+        header = json.loads(body[:length])
+        found = {"format": header["format"], "codec": header["codec"]}
+        ours = {"format": ARTIFACT_FORMAT, "codec": CODEC}
+        require(found == ours, f"{path} is {found!r:.200}, this script reads {ours}: use the script that wrote it")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**header["config"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that describes no model: {error!r:.300}") from None
+    size = sum(stored_bytes(kind, shape) for _, kind, shape in tensor_table(model))
+    fits = header.get("tensors") == tensor_table(model) and header.get("payload_bytes") == size
+    require(fits, f"{path} has a tensor table that does not fit its config: make it again")
+    require(size < 4 * MAX_PARAMETERS, f"{path} describes {size} bytes of weights, more than any artifact holds")
+    require(model.config.eval_seq_len > 0, f"{path} has no EVAL_SEQ_LEN in its config: make it again")
+    unpacker = zlib.decompressobj()
+    try:
+        payload = unpacker.decompress(body[length:], size + 1)
+    except zlib.error as error:
+        raise ValueError(f"{damaged} ({error})") from None
+    whole = len(payload) == size and unpacker.eof and not unpacker.unused_data
+    require(whole, f"{path} has a payload of another size than its header says: make it again")
+    return model, payload
+
+
+def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
+    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, of another format, or lies about its content.
+    Reads data only, runs no code, and takes no more memory than the header declares, which is bounded.
+    """
+    (model, payload), tensors = read_artifact(Path(path)), {}
+    for name, kind, shape in tensor_table(model):
+        chunk, payload = payload[: stored_bytes(kind, shape)], payload[stored_bytes(kind, shape) :]
+        if kind == "int8_rows":
+            scale = np.frombuffer(chunk, "<f2", shape[0]).astype(np.float32)
+            value = np.frombuffer(chunk, np.int8, offset=2 * shape[0]).reshape(shape) * scale[:, None]
+        else:
+            value = np.frombuffer(chunk, "<f4").astype(np.float32).reshape(shape)
+        require(bool(np.isfinite(value).all()), f"{path} has a value in {name} that is not finite: make it again")
+        tensors[name] = torch.from_numpy(value)
+    model.load_state_dict(tensors, assign=True)
+    model.compute_dtype = pick_dtype(torch.device(device))
+    return model.to(device).eval()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that its name never stands for half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """Where the wall-clock time goes: one phase runs at a time, in seconds. Only `train` counts against the cap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.phase, self.since = device, "startup", time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    def switch(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.spent[self.phase], self.phase = self.seconds(self.phase), phase
+        self.since = time.perf_counter()
+
+    def seconds(self, phase: str) -> float:
+        running = time.perf_counter() - self.since if phase == self.phase else 0.0
+        return self.spent.get(phase, 0.0) + running
+
+
+def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """Learning rate / its base value: 1, then linear to 0 over the warmdown.
+
+    With a time limit the warmdown is as long as WARMDOWN_ITERS steps take on average, and ends at the limit.
+    """
+    left = (hp.iterations - step) / max(hp.warmdown_iters, 1e-9)
+    if hp.max_wallclock_seconds:
+        left = (hp.max_wallclock_seconds - seconds) / max(hp.warmdown_iters * seconds / max(step, 1), 1e-9)
+    return min(1.0, max(0.0, left))
+
+
+def muon_momentum(step: int, hp: Hyperparameters) -> float:
+    """Rises linearly from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    done = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+    return hp.muon_momentum_warmup_start + done * (hp.muon_momentum - hp.muon_momentum_warmup_start)
+
+
+def available_memory() -> int:
+    """Bytes of memory this process may take: its part, among the ranks of this machine, of what is free."""
+    free = 2**32  # a guess, where the system does not tell
+    if Path("/proc/meminfo").exists():
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (top := limit.read_text().strip()).isdigit():
+        free = min(free, int(top) - int(limit.with_name("memory.current").read_text()))
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def micro_batch_tokens(config: GPTConfig, device: torch.device) -> int:
+    """Tokens of a first try at a forward and backward pass: 65,536 fill any GPU, 16,384 a CPU.
+
+    On a CPU, where an overrun is a kill, also what is safe: half of the memory over an upper estimate per token.
+    """
+    if device.type == "cuda":
+        return 65_536
+    per_token = 4 * (config.num_layers * config.model_dim * (20 + 4 * config.mlp_mult) + 6 * config.vocab_size)
+    return min(16_384, available_memory() // 2 // per_token)
+
+
+def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -> None:
+    """Set the loader's micro-batch; on CUDA halve it until a forward and backward pass fits on every rank."""
+    if loader.micro_sequences:
+        return
+    largest = math.ceil(loader.n_sequences / world.size)
+    loader.micro_sequences = max(1, min(largest, micro_batch_tokens(model.config, world.device) // loader.seq_len))
+    while world.device.type == "cuda":
+        failed = torch.zeros(())
+        try:
+            ids, targets = loader.batch(0)[-1]
+            loss_fn(ids, targets).backward()
+        except torch.OutOfMemoryError:
+            failed += 1
+        model.zero_grad(set_to_none=True)
+        world.sum_all([failed])
+        if not failed:
+            return
+        require(loader.micro_sequences > 1, f"TRAIN_SEQ_LEN={loader.seq_len} does not fit into the GPU: lower it")
+        loader.micro_sequences //= 2
+        torch.cuda.empty_cache()
+
+
+class Trainer(NamedTuple):
+    """What a step needs."""
+
+    loss_fn: LossFn
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    loader: Loader
+    hp: Hyperparameters
+    world: World
+
+
+def train_step(run: Trainer, batch: Batch, scale: float, momentum: float) -> Tensor:
+    """One step on this rank's micro-batches. -> () mean nats per token of the whole step, on the device
+
+    Every loss is weighted by its share of the step's tokens, so that sums over micro-batches and ranks are the mean.
+    """
+    total = torch.zeros((), device=run.world.device)
+    for ids, targets in batch:
+        loss = run.loss_fn(ids, targets) * (targets.numel() / run.hp.train_batch_tokens)
+        loss.backward()
+        total += loss.detach()
+    run.world.sum_all([*(p.grad for p in run.model.parameters() if p.grad is not None), total])
+    if run.hp.grad_clip_norm:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.hp.grad_clip_norm)
+    for opt in run.optimizers:
+        for group in opt.param_groups:
+            group["lr"] = group["base_lr"] * scale
+            if "momentum" in group:
+                group["momentum"] = momentum
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return total
+
+
+def prime(run: Trainer, steps: int, log0: Log) -> None:
+    """Compile on real steps before the clock starts, then restore weights and optimizers; the loader has no state."""
+    weights = [p.detach().clone() for p in run.model.parameters()]
+    for step in range(steps):
+        train_step(run, run.loader.batch(step), 1.0, run.hp.muon_momentum)
+        log0(f"warmup_step:{step + 1}/{steps}")
+    with torch.no_grad():
+        torch._foreach_copy_(list(run.model.parameters()), weights)
+    for opt in run.optimizers:
+        opt.state.clear()
+
+
+def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log) -> dict[str, Any]:
+    """Run to ITERATIONS or the time limit, whichever comes first, and validate at the end. -> results by log key
+
+    A step is started only if the slowest of the last ten would still end within the limit. A loss that is not finite
+    raises FloatingPointError.
+    """
+    hp, loader, results = run.hp, run.loader, {"untrained_val_bpb": math.nan}
+    step, seconds, train_loss, recent = 0, 0.0, math.nan, deque([0.0], maxlen=10)
+    batch = loader.batch(0)
+    ledger.switch("train")
+    while True:
+        position, capped = f"step:{step}/{hp.iterations}", 0 < hp.max_wallclock_seconds < seconds + max(recent)
+        timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+        if 0 < step <= 10 or (step and step % hp.train_log_every == 0):
+            log0(f"{position} train_loss:{train_loss:.4f} {timing}")
+        if capped or step == hp.iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            ledger.switch("validate")
+            score = validate()
+            log0(f"{position} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {timing}")
+            results |= {"untrained_val_bpb": score.val_bpb} if step == 0 else {}
+            ledger.switch("train")
+        if capped or step == hp.iterations:
+            break
+        loss = train_step(run, batch, lr_scale(step, seconds, hp), muon_momentum(step, hp))
+        step += 1
+        batch = loader.batch(step)  # while the device is busy with the step
+        last_loss, train_loss = train_loss, float(loss)
+        if not math.isfinite(train_loss):
+            lower = f"lower MATRIX_LR={hp.matrix_lr} or TIED_EMBED_LR={hp.tied_embed_lr}, or set GRAD_CLIP_NORM=1"
+            raise FloatingPointError(f"train_loss is {train_loss} at step {step} (last good {last_loss:.4f}): {lower}")
+        # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
+        before, seconds = seconds, run.world.agree(ledger.seconds("train"))
+        recent.append(seconds - before)
+        if loader.epoch(step) > loader.epoch(step - 1):
+            log0(f"epoch:{loader.epoch(step) + 1} starts at step:{step}: the train split has been read to its end")
+    if capped:
+        log0(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms {position}")
+    speed = step * hp.train_batch_tokens / max(seconds, 1e-9)
+    results |= {"steps": step, "train_loss": train_loss, "train_seconds": seconds, "tokens_per_second": round(speed)}
+    return results | {"pre_quant_val_loss": score.val_loss, "pre_quant_val_bpb": score.val_bpb}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_world() -> World:
+    """Join the process group of torchrun, if there is one. Gloo carries CPU tensors, NCCL those on GPUs."""
+    rank, size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("mps" if torch.backends.mps.is_available() and size <= 1 else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return World(rank, max(size, 1), device)
+
+
+def open_log(path: Path, world: World) -> Log:
+    """The only function that writes lines: to the screen and to a file, on rank 0."""
+    if world.rank != 0:
+        return lambda line: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w", encoding="utf-8")
+
+    def log0(line: str) -> None:
+        print(line, flush=True)  # noqa: T201
+        print(line, file=file, flush=True)
+
+    return log0
+
+
+def key_values(record: Mapping[str, Any]) -> str:
+    """{"a": 1, "b": True} -> "a:1 b:1", the grammar of the log lines."""
+    return " ".join(f"{k}:{int(v) if isinstance(v, bool) else v}" for k, v in record.items())
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {**versions, "device": f"{device.type}_{name}".replace(" ", "_"), "threads": torch.get_num_threads()}
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Most memory held so far: of the GPU by tensors, else by this process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def train_artifact(
+    path: Path, config: GPTConfig, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger, log0: Log
+) -> dict[str, Any]:
+    """Train a model and write its artifact. -> results by log key"""
+    loader = Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world)
+    dataset, shards = Path(hp.data_path).name, len(loader.stream.files)
+    log0(f"train_loader:dataset:{dataset} train_shards:{shards} train_tokens:{len(loader.stream)}")
+    model = GPT(config)
+    init_weights(model, hp)
+    model.to(world.device).compute_dtype = pick_dtype(world.device, hp.compute_dtype)
+    compiled = wants_compile(hp.compile, world.device)
+    loss_fn, logits_fn = compile_model(model, compiled)
+    ledger.switch("compile")
+    fit_micro_batch(loss_fn, model, loader, world)
+    run = Trainer(loss_fn, model, build_optimizers(model, hp, world), loader, hp, world)
+    sizes = {"model_params": sum(p.numel() for p in model.parameters())}
+    sizes |= {"grad_accum_steps": len(loader.batch(0)), "micro_batch_sequences": loader.micro_sequences}
+    log0(key_values(sizes | {"activations": str(model.compute_dtype).removeprefix("torch."), "compiled": compiled}))
+    if compiled:
+        prime(run, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), log0)
+    results = train(run, lambda: evaluate(logits_fn, split, config, hp, world), ledger, log0)
+    ledger.switch("quantize")
+    if world.rank == 0:
+        write_file(path, pack_artifact(model))
+    world.agree(0.0)  # the other ranks wait for the file
+    return {**results, **sizes}
+
+
+def score_artifact(path: Path, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger) -> Score:
+    """Score the file at `path`, rebuilt from the disk."""
+    ledger.switch("load")
+    model = load_artifact(path, world.device)
+    model.compute_dtype = pick_dtype(world.device, hp.compute_dtype)
+    logits_fn = compile_model(model, wants_compile(hp.compile, world.device))[1]
+    ledger.switch("evaluate")
+    return evaluate(logits_fn, split, model.config, hp, world)
+
+
+def report(
+    record: dict[str, Any], path: Path, bytes_code: int, hp: Hyperparameters, world: World, ledger: Ledger, log0: Log
+) -> bool:
+    """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
+    memory, bytes_total = peak_memory_mib(world.device), bytes_code + path.stat().st_size
+    sizes = {"bytes_code": bytes_code, "bytes_artifact": path.stat().st_size, "bytes_total": bytes_total}
+    seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in ledger.spent.items()}
+    if world.rank == 0:
+        text = json.dumps(record | sizes | seconds | {"peak_memory_mib": memory}, indent=1)
+        write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
+    log0(f"peak memory allocated: {memory} MiB reserved: {memory} MiB")
+    log0(f"ledger {key_values(seconds)} counted:seconds_train")
+    if "steps" in record:
+        bpb = {key: f"{record[key]:.4f}" for key in ("untrained_val_bpb", "pre_quant_val_bpb", "val_bpb")}
+        log0(key_values({"tokens_per_second": record["tokens_per_second"], **bpb}))
+    log0(key_values(sizes | {"max_total_bytes": hp.max_total_bytes}))
+    if bytes_total > hp.max_total_bytes:
+        log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
+    return bytes_total <= hp.max_total_bytes
+
+
+def main() -> int:
+    """One run, from settings to score. -> exit status: 0, or 3 if code and artifact do not fit MAX_TOTAL_BYTES"""
+    config, hp = from_env(GPTConfig, os.environ), from_env(Hyperparameters, os.environ)
+    usual = {"PRESET": hp.preset}
+    defaults = vars(from_env(GPTConfig, usual)) | vars(from_env(Hyperparameters, usual))
+    changed = [f"{n.upper()}={v}" for n, v in {**vars(config), **vars(hp)}.items() if v != defaults[n]]
+    world, code, path = start_world(), Path(__file__).read_bytes(), Path(hp.artifact_dir, ARTIFACT_NAME)
+    ledger = Ledger(world.device)
+    hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
+    config = dataclasses.replace(config, eval_seq_len=config.eval_seq_len or hp.train_seq_len)
+    if hp.eval_artifact:
+        path = Path(hp.eval_artifact)
+        config = load_artifact(path).config
+    sp, sha256 = load_tokenizer(hp.tokenizer_path, config)
+    config = dataclasses.replace(config, tokenizer_sha256=sha256)
+    split = load_val_split(hp, config, sp, sha256)
+
+    log0 = open_log(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
+    machine = {**describe_machine(world.device), "world_size": world.size}
+    identity = {"code_sha256": hashlib.sha256(code).hexdigest(), "judge_version": JUDGE_VERSION, **split.identity}
+    method = {"eval_method": config.eval_method, "eval_seq_len": config.eval_seq_len}
+    log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(changed)}")
+    log0(key_values(machine))
+    log0(f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)} {key_values(method)}")
+    log0(key_values(identity))
+    record = {**vars(config), **vars(hp), **machine, **identity, **method}
+    if not hp.eval_artifact:
+        record |= train_artifact(path, config, split, hp, world, ledger, log0)
+    score = score_artifact(path, split, hp, world, ledger)
+    ledger.switch("report")
+    record |= {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+    fits = report(record, path, len(code), hp, world, ledger, log0)
+    partial = f" partial:{len(split.ids)}_of_{split.identity['val_tokens']}_tokens" if split.identity["partial"] else ""
+    log0(f"final_{CODEC}_roundtrip_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{partial}")
+    if world.size > 1:
+        dist.destroy_process_group()
+    return 0 if fits else 3
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -220,7 +220,8 @@ SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field
 
 def reject_misspelt(env: Mapping[str, str]) -> None:
     """Raise ValueError for a variable that is one edit away from a setting: the shell would ignore it silently."""
-    exempt = ("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH", "NCCL_", "GLOO_", "OMP_", "MKL_", "CUDA")
+    launchers = "ROLE_ LOCAL_ GROUP_ MASTER_ TORCH PYTORCH NCCL_ GLOO_ OMP_ MKL_ CUDA COMPILER"
+    exempt = tuple(launchers.split())  # prefixes of the variables of launchers, libraries and CI systems
     for name in sorted(env.keys() - SETTINGS):
         meant = [] if name.startswith(exempt) else [right for right in sorted(SETTINGS) if one_edit_apart(name, right)]
         require(not meant, f"{name}={env[name]!r} is not a setting: say {' or '.join(meant)}, or unset it")
@@ -240,9 +241,11 @@ def one_edit_apart(a: str, b: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
 
+NORM_EPS = 2.0**-23  # of float32; left to torch, its versions and dtypes differ
+
 
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 class Linear(nn.Module):
@@ -342,9 +345,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32  # of activations; see pick_dtype
         self.output_loss = output_loss  # an attribute, so that it can be compiled by itself
-        self.tok_emb = Linear(
-            config.model_dim, config.vocab_size
-        )  # used both ways: rows looked up, and as output matrix
+        self.tok_emb = Linear(config.model_dim, config.vocab_size)  # rows are looked up; tied, also the output matrix
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.num_encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.empty(self.num_encoder_layers, config.model_dim))
@@ -384,28 +385,22 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
     tok_emb                 N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
     c_q, c_k, c_v, fc       U(-1, 1) / sqrt(fan in), as nn.Linear does
     proj, lm_head           0: blocks start as the identity, untied logits as uniform
-    q_gain                  QK_GAIN_INIT
-    attn_scale, mlp_scale, skip_weights   1
     resid_mix               1 for the stream, 0 for the embedding
+    the others              a constant of the table below
     """
+    constants = {"proj": 0.0, "lm_head": 0.0, "q_gain": hp.qk_gain_init, "resid_mix": 0.0}
+    constants |= {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0}
     generator = torch.Generator().manual_seed(hp.seed)
     for name, p in model.named_parameters():
-        value = torch.empty(p.shape)
-        kind = name.removesuffix(".weight").split(".")[-1]
+        value, kind = torch.empty(p.shape), name.removesuffix(".weight").split(".")[-1]
         if kind == "tok_emb":
             value.normal_(0.0, hp.tied_embed_init_std if model.config.tie_embeddings else 1.0, generator=generator)
         elif kind in ("c_q", "c_k", "c_v", "fc"):
             value.uniform_(-1.0, 1.0, generator=generator).mul_(p.size(1) ** -0.5)
-        elif kind in ("proj", "lm_head"):
-            value.zero_()
-        elif kind == "q_gain":
-            value.fill_(hp.qk_gain_init)
-        elif kind in ("attn_scale", "mlp_scale", "skip_weights"):
-            value.fill_(1.0)
-        elif kind == "resid_mix":
-            value[0], value[1] = 1.0, 0.0
         else:
-            raise AssertionError(f"parameter {name} has no initial value")
+            value.fill_(constants[kind])  # a KeyError here: a parameter without an initial value
+        if kind == "resid_mix":
+            value[0] = 1.0
         p.copy_(value)
 
 
@@ -665,6 +660,7 @@ class Score(NamedTuple):
     nats: float
     tokens: int
     bytes: int
+    partial: bool = False  # only a part of the split was scored
 
     @property
     def val_loss(self) -> float:
@@ -675,6 +671,10 @@ class Score(NamedTuple):
     def val_bpb(self) -> float:
         """Bits per byte: independent of the tokenizer, which changes the number of targets but not of bytes."""
         return self.nats / math.log(2) / self.bytes
+
+    def __format__(self, spec: str) -> str:
+        text = f"val_loss:{self.val_loss:{spec}} val_bpb:{self.val_bpb:{spec}}"
+        return f"{text} partial:{self.tokens}_targets" if self.partial else text
 
 
 class ValSplit(NamedTuple):
@@ -797,8 +797,9 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
     see), so that nothing is compiled twice. Sums are float64 or integers; ranks meet in one collective at the end.
     """
     seq_len, sums = config.eval_seq_len, torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    rows = max(1, min(hp.val_batch_size // world.size, EVAL_LOGITS // config.vocab_size) // seq_len)
     windows = list(scoring_windows(len(split.ids), seq_len, config.eval_stride or seq_len))
+    rows = max(1, min(hp.val_batch_size // world.size, EVAL_LOGITS // config.vocab_size) // seq_len)
+    rows = min(rows, math.ceil(len(windows) / world.size))
     mine = world.share(len(windows))
     for begin in range(mine.start, mine.stop, rows):
         tokens = torch.zeros(rows, seq_len + 1, dtype=torch.int64)
@@ -811,7 +812,7 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
         losses = target_nats(logits_fn(batch[:, :-1]), batch[:, 1:]).cpu()
         sums[:2] += torch.stack((losses[scored].double().sum(), scored.sum().double()))
     world.sum_all([sums])
-    return Score(float(sums[0]), int(sums[1]), int(sums[2]))
+    return Score(float(sums[0]), int(sums[1]), int(sums[2]), split.identity["partial"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -824,7 +825,7 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
 
 ARTIFACT_MAGIC, ARTIFACT_FORMAT, CODEC, ARTIFACT_NAME = b"GOLFGPT\n", 1, "int8_zlib", "final_model.int8.ptz"
 ARTIFACT_PREFIX = struct.Struct("<8sII")
-MAX_PARAMETERS = 2**28  # of an artifact that is read; bounds the memory that a hostile file can ask for
+MAX_PARAMETERS, MAX_HEADER_BYTES = 2**28, 2**20  # of an artifact that is read: bound what a hostile one can ask for
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -852,7 +853,7 @@ def pack_artifact(model: GPT) -> bytes:
     state, table, payload = model.state_dict(), tensor_table(model), b""
     for name, kind, _ in table:
         w = state[name].detach().float().cpu()
-        fine = bool(w.isfinite().all()) and float(w.abs().max()) < 127 * 65_000  # the scale must fit a float16
+        fine = bool((w.abs() < 127 * 65_000).all())  # also false for NaN; the scale must fit a float16
         require(fine, f"parameter {name} is not finite or too large to quantize: train with lower learning rates")
         if kind == "int8_rows":
             q, scale = quantize_rows(w)
@@ -875,7 +876,7 @@ def read_artifact(path: Path) -> tuple[GPT, bytes]:
     is_artifact = len(data) >= ARTIFACT_PREFIX.size and data.startswith(ARTIFACT_MAGIC)
     require(is_artifact, f"{path} is not an artifact of train_gpt.py: it does not start with {ARTIFACT_MAGIC!r}")
     (_, crc32, length), body = ARTIFACT_PREFIX.unpack_from(data), data[ARTIFACT_PREFIX.size :]
-    require(zlib.crc32(body) == crc32 and length <= len(body), f"{damaged} (checksum)")
+    require(zlib.crc32(body) == crc32 and length <= min(len(body), MAX_HEADER_BYTES), f"{damaged} (checksum)")
     try:
         header = json.loads(body[:length])
         found = {"format": header["format"], "codec": header["codec"]}
@@ -906,9 +907,10 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     Raises FileNotFoundError, or ValueError for a file that is damaged, of another format, or lies about its content.
     Reads data only, runs no code, and takes no more memory than the header declares, which is bounded.
     """
-    (model, payload), tensors = read_artifact(Path(path)), {}
+    (model, payload), tensors, offset = read_artifact(Path(path)), {}, 0
     for name, kind, shape in tensor_table(model):
-        chunk, payload = payload[: stored_bytes(kind, shape)], payload[stored_bytes(kind, shape) :]
+        chunk = memoryview(payload)[offset : offset + stored_bytes(kind, shape)]
+        offset += len(chunk)
         if kind == "int8_rows":
             scale = np.frombuffer(chunk, "<f2", shape[0]).astype(np.float32)
             value = np.frombuffer(chunk, np.int8, offset=2 * shape[0]).reshape(shape) * scale[:, None]
@@ -953,13 +955,15 @@ class Ledger:
 
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """Learning rate / its base value: 1, then linear to 0 over the warmdown.
+    """Learning rate / its base value: 1, then linear to 0 over the warmdown, at the end of the steps or of the time.
 
-    With a time limit the warmdown is as long as WARMDOWN_ITERS steps take on average, and ends at the limit.
+    In time the warmdown is as long as WARMDOWN_ITERS steps take on average. (The published script knows only the time
+    where there is a limit, so that a run that ends by ITERATIONS has no warmdown.)
     """
     left = (hp.iterations - step) / max(hp.warmdown_iters, 1e-9)
     if hp.max_wallclock_seconds:
-        left = (hp.max_wallclock_seconds - seconds) / max(hp.warmdown_iters * seconds / max(step, 1), 1e-9)
+        warmdown_seconds = hp.warmdown_iters * seconds / max(step, 1)
+        left = min(left, (hp.max_wallclock_seconds - seconds) / max(warmdown_seconds, 1e-9))
     return min(1.0, max(0.0, left))
 
 
@@ -1066,7 +1070,7 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
     A step is started only if the slowest of the last ten would still end within the limit. A loss that is not finite
     raises FloatingPointError.
     """
-    hp, loader, results = run.hp, run.loader, {"untrained_val_bpb": math.nan}
+    hp, loader, results = run.hp, run.loader, dict[str, Any]()
     step, seconds, train_loss, recent = 0, 0.0, math.nan, deque([0.0], maxlen=10)
     batch = loader.batch(0)
     ledger.switch("train")
@@ -1078,7 +1082,7 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
         if capped or step == hp.iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
             ledger.switch("validate")
             score = validate()
-            log0(f"{position} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} {timing}")
+            log0(f"{position} {score:.4f} {timing}")
             results |= {"untrained_val_bpb": score.val_bpb} if step == 0 else {}
             ledger.switch("train")
         if capped or step == hp.iterations:
@@ -1097,9 +1101,10 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
             log0(f"epoch:{loader.epoch(step) + 1} starts at step:{step}: the train split has been read to its end")
     if capped:
         log0(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms {position}")
-    speed = step * hp.train_batch_tokens / max(seconds, 1e-9)
-    results |= {"steps": step, "train_loss": train_loss, "train_seconds": seconds, "tokens_per_second": round(speed)}
-    return results | {"pre_quant_val_loss": score.val_loss, "pre_quant_val_bpb": score.val_bpb}
+    if step:
+        speed = round(step * hp.train_batch_tokens / seconds)
+        results |= {"train_loss": train_loss, "train_seconds": seconds, "tokens_per_second": speed}
+    return results | {"steps": step, "pre_quant_val_loss": score.val_loss, "pre_quant_val_bpb": score.val_bpb}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1139,20 +1144,22 @@ def key_values(record: Mapping[str, Any]) -> str:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = " ".join(models[0].split()[3:]) if models else name
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**versions, "device": f"{device.type}_{name}".replace(" ", "_"), "threads": torch.get_num_threads()}
+    return {**versions, "device": f"{device.type}:{name}".replace(" ", "_"), "threads": torch.get_num_threads()}
 
 
-def peak_memory_mib(device: torch.device) -> int:
-    """Most memory held so far: of the GPU by tensors, else by this process; 0 where the system does not tell."""
+def peak_memory_mib(device: torch.device) -> tuple[int, int]:
+    """Most memory allocated and reserved: of the GPU for tensors, else by this process (0 where no one tells)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() // 2**20
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+        return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peak = sum(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+    return peak, peak
 
 
 def train_artifact(
@@ -1197,17 +1204,16 @@ def report(
     record: dict[str, Any], path: Path, bytes_code: int, hp: Hyperparameters, world: World, ledger: Ledger, log0: Log
 ) -> bool:
     """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
-    memory, bytes_total = peak_memory_mib(world.device), bytes_code + path.stat().st_size
+    (memory, reserved), bytes_total = peak_memory_mib(world.device), bytes_code + path.stat().st_size
     sizes = {"bytes_code": bytes_code, "bytes_artifact": path.stat().st_size, "bytes_total": bytes_total}
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in ledger.spent.items()}
     if world.rank == 0:
         text = json.dumps(record | sizes | seconds | {"peak_memory_mib": memory}, indent=1)
         write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
-    log0(f"peak memory allocated: {memory} MiB reserved: {memory} MiB")
+    log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
     log0(f"ledger {key_values(seconds)} counted:seconds_train")
-    if "steps" in record:
-        bpb = {key: f"{record[key]:.4f}" for key in ("untrained_val_bpb", "pre_quant_val_bpb", "val_bpb")}
-        log0(key_values({"tokens_per_second": record["tokens_per_second"], **bpb}))
+    shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
+    log0(key_values({key: record[key] for key in shown if key in record}))
     log0(key_values(sizes | {"max_total_bytes": hp.max_total_bytes}))
     if bytes_total > hp.max_total_bytes:
         log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
@@ -1225,8 +1231,11 @@ def main() -> int:
     hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
     config = dataclasses.replace(config, eval_seq_len=config.eval_seq_len or hp.train_seq_len)
     if hp.eval_artifact:
-        path = Path(hp.eval_artifact)
+        asked, path = config, Path(hp.eval_artifact)
         config = load_artifact(path).config
+        for name, value in vars(config).items():
+            same = name.upper() not in os.environ or getattr(asked, name) == value
+            require(same, f"{name.upper()}={getattr(asked, name)} contradicts the artifact's {value}: unset it")
     sp, sha256 = load_tokenizer(hp.tokenizer_path, config)
     config = dataclasses.replace(config, tokenizer_sha256=sha256)
     split = load_val_split(hp, config, sp, sha256)
@@ -1246,8 +1255,7 @@ def main() -> int:
     ledger.switch("report")
     record |= {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     fits = report(record, path, len(code), hp, world, ledger, log0)
-    partial = f" partial:{len(split.ids)}_of_{split.identity['val_tokens']}_tokens" if split.identity["partial"] else ""
-    log0(f"final_{CODEC}_roundtrip_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}{partial}")
+    log0(f"final_{CODEC}_roundtrip_exact {score:.8f}")
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if fits else 3
@@ -1255,6 +1263,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(status)  # skips the interpreter's shutdown, in which a thread of gloo now and then aborts
+    sys.exit(status)

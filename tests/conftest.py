@@ -16,12 +16,18 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
+from hypothesis import settings
 from shards import write_shard
 
 import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one".split()
+WORDS = re.findall(
+    r"\w+", "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one"
+)
+
+settings.register_profile("no_deadline", deadline=None)  # of an example; machines of CI stall
+settings.load_profile("no_deadline")
 
 
 class Data(NamedTuple):
@@ -45,7 +51,6 @@ class Run(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The run.json, of the only run in this folder or of that named `run`."""
         return json.loads((self.folder / "logs" / "run.json").read_text())
 
     @property
@@ -77,7 +82,12 @@ def config() -> tg.GPTConfig:
 @pytest.fixture(scope="session")
 def hp() -> tg.Hyperparameters:
     return tg.Hyperparameters(
-        train_batch_tokens=128, train_seq_len=16, compile="0", compute_dtype="float32", max_wallclock_seconds=0.0
+        train_batch_tokens=128,
+        train_seq_len=16,
+        val_batch_size=256,
+        max_wallclock_seconds=0.0,
+        compute_dtype="float32",
+        compile="0",
     )
 
 
@@ -180,6 +190,7 @@ def tiny_settings(data) -> dict[str, str]:
         "WARMDOWN_ITERS": "10",
         "MAX_WALLCLOCK_SECONDS": "0",
         "VAL_LOSS_EVERY": "0",
+        "VAL_BATCH_SIZE": "1024",
         "TRAIN_LOG_EVERY": "1",
         "COMPUTE_DTYPE": "float32",
         "COMPILE": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 
 import pytest
@@ -27,13 +28,13 @@ def test_no_settings_give_the_defaults():
 def test_settings_override_the_preset_and_the_preset_the_defaults():
     config, hp = read(PRESET="smoke", NUM_LAYERS="7", SEED="5")
     assert (config.num_layers, hp.seed, hp.preset) == (7, 5, "smoke")
-    assert config.model_dim == int(tg.PRESETS["smoke"]["MODEL_DIM"]) != tg.GPTConfig().model_dim
+    assert config.model_dim == read(PRESET="smoke")[0].model_dim != tg.GPTConfig().model_dim
 
 
 @pytest.mark.parametrize("preset", sorted(tg.PRESETS))
 def test_every_preset_is_valid_and_names_only_settings(preset):
     read(PRESET=preset)
-    assert set(tg.PRESETS[preset]) <= SETTINGS
+    assert set(re.findall(r"[A-Z][A-Z0-9_]{2,}", str(tg.PRESETS[preset]))) <= SETTINGS
 
 
 def test_baseline_has_the_published_number_of_parameters():
@@ -112,15 +113,13 @@ def test_bool_is_0_or_1(text, value):
     ],
 )
 def test_wrong_value_is_refused_by_name_and_value(name, value):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"{name}.*{re.escape(value)}"):
         read(**{name: value})
-    assert name in str(caught.value)
-    assert value in str(caught.value)
 
 
 def test_stride_beyond_the_context_is_refused():
     """Such an evaluation would skip targets."""
-    with pytest.raises(ValueError, match="EVAL_STRIDE=129 .*EVAL_SEQ_LEN=128"):
+    with pytest.raises(ValueError, match=r"EVAL_STRIDE=129 .*EVAL_SEQ_LEN=128"):
         read(EVAL_SEQ_LEN="128", EVAL_STRIDE="129")
 
 
@@ -148,10 +147,8 @@ def test_misspelt_setting_is_refused_and_the_right_one_named(edit):
     """NUM_LAYER=12 would otherwise train the default model for ten minutes."""
     right, wrong = edit
     assume(wrong not in SETTINGS)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=rf"^{wrong}='12' .*\b{right}\b"):
         read(**{wrong: "12"})
-    assert wrong in str(caught.value)
-    assert right in str(caught.value)
 
 
 def test_both_classes_refuse_a_misspelt_setting():

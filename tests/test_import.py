@@ -27,8 +27,7 @@ SECTIONS = [
 def test_import_has_no_side_effects(tmp_path):
     """No output, no CUDA, no process group, no file, and no reading of settings: junk in them is not noticed."""
     code = (
-        "import train_gpt, torch; assert not torch.cuda.is_initialized(); "
-        "assert not torch.distributed.is_initialized()"
+        "import train_gpt, torch; assert not torch.cuda.is_initialized(); assert not torch.distributed.is_initialized()"
     )
     junk = dict.fromkeys(("NUM_LAYERS", "WORLD_SIZE", "RANK", "PRESET", "NUM_LAYER"), "junk")
     run = subprocess.run(

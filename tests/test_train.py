@@ -1,0 +1,360 @@
+"""Training: schedule, clock, steps, and whole runs of the script."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = dataclasses.replace(tg.Hyperparameters(), iterations=100, warmdown_iters=40, max_wallclock_seconds=0.0)
+CLOCK = dataclasses.replace(STEPS, max_wallclock_seconds=50.0)
+
+
+def strict_json(path: Path) -> dict:
+    """NaN is no JSON, and other programs than Python refuse it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path.name} holds {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(("step", "scale"), [(0, 1), (59, 1), (60, 1), (70, 0.75), (80, 0.5), (99, 0.025), (100, 0)])
+def test_lr_scale_by_steps(step, scale):
+    """Without a limit of time the clock plays no part."""
+    for seconds in (0.0, 1e6):
+        assert tg.lr_scale(step, seconds, STEPS) == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "scale"),
+    [(0, 0.0, 1), (10, 5.0, 1), (60, 30.0, 1), (80, 40.0, 0.5), (90, 45.0, 5 / 20), (100, 50.0, 0), (101, 51.0, 0)],
+)
+def test_lr_scale_by_the_clock(step, seconds, scale):
+    """Half a second per step: 40 steps of warmdown are the last 20 of 50 seconds."""
+    assert tg.lr_scale(step, seconds, CLOCK) == pytest.approx(scale)
+
+
+@given(st.integers(0, 200), st.floats(0, 100), st.integers(0, 300), st.sampled_from([0.0, 50.0]))
+def test_lr_scale_is_a_fraction(step, seconds, warmdown, cap):
+    hp = dataclasses.replace(STEPS, warmdown_iters=warmdown, max_wallclock_seconds=cap)
+    assert 0 <= tg.lr_scale(step, seconds, hp) <= 1
+
+
+def test_lr_scale_without_warmdown_is_one():
+    for hp in (STEPS, CLOCK):
+        assert tg.lr_scale(99, 49.9, dataclasses.replace(hp, warmdown_iters=0)) == 1
+
+
+def test_muon_momentum_rises_linearly_and_stays():
+    hp = tg.Hyperparameters(muon_momentum_warmup_start=0.8, muon_momentum=0.9, muon_momentum_warmup_steps=10)
+    assert [tg.muon_momentum(step, hp) for step in (0, 5, 10, 1000)] == pytest.approx([0.8, 0.85, 0.9, 0.9])
+    assert tg.muon_momentum(0, dataclasses.replace(hp, muon_momentum_warmup_steps=0)) in (0.8, 0.9)
+
+
+def test_ledger_accounts_for_every_second_once():
+    """What is not train must not count against the cap, and nothing may be lost between phases."""
+    begin = time.perf_counter()
+    ledger = tg.Ledger(torch.device("cpu"))
+    for phase in ("train", "validate", "train", "report"):
+        ledger.switch(phase)
+        time.sleep(0.02)
+    ledger.switch("end")
+    total = time.perf_counter() - begin
+    assert ledger.spent.keys() == {"startup", "train", "validate", "report"}
+    assert 0.04 <= ledger.spent["train"] == ledger.seconds("train")
+    assert 0.02 <= ledger.spent["validate"] <= total - 0.06
+    assert total - 0.1 < sum(ledger.spent.values()) <= total
+
+
+def test_ledger_counts_the_phase_that_runs():
+    ledger = tg.Ledger(torch.device("cpu"))
+    ledger.switch("train")
+    time.sleep(0.01)
+    first = ledger.seconds("train")
+    assert 0.01 <= first < ledger.seconds("train")
+    assert ledger.seconds("validate") == 0
+
+
+# ----------------------------------------------- steps in this process -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trainer(data, config, hp):
+    """A function that makes what a step needs, on the tiny data."""
+
+    def make(model_changes: dict | None = None, **changes: object) -> tg.Trainer:
+        run_hp = dataclasses.replace(hp, **{"train_batch_tokens": 256, "train_seq_len": 32, **changes})
+        model = tg.GPT(dataclasses.replace(config, vocab_size=320, logit_softcap=30.0, **(model_changes or {})))
+        tg.init_weights(model, run_hp)
+        stream = tg.TokenStream(str(data.folder), "fineweb_train_[0-9]*.bin")
+        loader = tg.Loader(stream, run_hp, 320, tg.World())
+        optimizers = tg.build_optimizers(model, run_hp, tg.World())
+        return tg.Trainer(model.loss, model, optimizers, loader, run_hp, tg.World())
+
+    return make
+
+
+def losses(run: tg.Trainer, n_steps: int) -> list[float]:
+    return [float(tg.train_step(run, run.loader.batch(step), 1.0, 0.95)) for step in range(n_steps)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"num_layers": 1}], ids=str)
+def test_loss_falls(trainer, changes):
+    found = losses(trainer(changes), 30)
+    assert found[0] == pytest.approx(math.log(320), abs=0.2)
+    assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("micro", [1, 32, 96, 160])
+def test_losses_do_not_depend_on_the_micro_batch(trainer, micro):
+    """Memory decides the micro-batch; it must not decide the result. 96 and 160 cut 8 sequences unevenly."""
+    assert losses(trainer(micro_batch_tokens=micro), 5) == pytest.approx(losses(trainer(), 5), abs=2e-3)
+    first, whole = trainer(micro_batch_tokens=micro), trainer()
+    assert losses(first, 1) == pytest.approx(losses(whole, 1), abs=1e-5)
+
+
+def test_gradient_is_that_of_the_mean_over_the_step(trainer):
+    """Whatever the micro-batches; SGD stands in for the optimizers and shows the gradient."""
+    run = trainer(micro_batch_tokens=96)
+    before = copy.deepcopy(run.model)
+    ids, targets = (torch.cat(parts) for parts in zip(*run.loader.batch(0), strict=True))
+    before.loss(ids, targets).backward()
+    sgd = torch.optim.SGD([{"params": list(run.model.parameters()), "base_lr": 1.0}], lr=1.0)
+    tg.train_step(run._replace(optimizers=[sgd]), run.loader.batch(0), 1.0, 0.95)
+    for p, old in zip(run.model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(old.detach() - p.detach(), old.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_clipping_bounds_the_length_of_the_gradient(trainer):
+    run = trainer(grad_clip_norm=0.01)
+    before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
+    sgd = torch.optim.SGD([{"params": list(run.model.parameters()), "base_lr": 1.0}], lr=1.0)
+    tg.train_step(run._replace(optimizers=[sgd]), run.loader.batch(0), 1.0, 0.95)
+    after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_learning_rate_of_zero_changes_nothing(trainer):
+    run = trainer()
+    before = copy.deepcopy(run.model.state_dict())
+    tg.train_step(run, run.loader.batch(0), 0.0, 0.95)
+    assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
+
+
+def test_steps_to_compile_on_leave_no_trace(trainer):
+    """Otherwise machines that compile would train another model than those that do not."""
+    plain, primed = trainer(), trainer()
+    tg.prime(primed, 3, lambda line: None)
+    assert losses(primed, 4) == losses(plain, 4)
+
+
+def test_micro_batch_given_by_the_user_is_kept_and_one_found_is_at_least_a_sequence(trainer, monkeypatch):
+    run = trainer(micro_batch_tokens=64)
+    tg.fit_micro_batch(run.loss_fn, run.model, run.loader, run.world)
+    assert run.loader.micro_sequences == 2
+    for memory, expected in ((0, 1), (2**40, 8)):
+        monkeypatch.setattr(tg, "available_memory", lambda memory=memory: memory)
+        run = trainer()
+        tg.fit_micro_batch(run.loss_fn, run.model, run.loader, run.world)
+        assert run.loader.micro_sequences == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("shape", "seq_len"),
+    [
+        ({"num_layers": 4, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}, 256),
+        ({"num_layers": 2, "model_dim": 64, "num_heads": 2, "num_kv_heads": 2, "vocab_size": 8192}, 512),
+    ],
+    ids=["deep", "large_vocabulary"],
+)
+def test_memory_of_a_step_is_below_its_estimate(shape, seq_len):
+    """On a CPU an overrun is a kill. Half of the free memory may be used, here of 256 MiB."""
+    code = f"""
+import pathlib, torch, train_gpt as tg
+peak = lambda: 1024 * int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+tg.available_memory = lambda: 2 * 128 * 2**20
+config = tg.GPTConfig(**{shape})
+model = tg.GPT(config)
+tg.init_weights(model, tg.Hyperparameters())
+rows = tg.micro_batch_tokens(config, torch.device("cpu")) // {seq_len}
+def step(rows):
+    ids = torch.zeros(rows, {seq_len}, dtype=torch.int64)
+    model.loss(ids, ids).backward()
+step(1)
+before = peak()
+step(rows)
+print(rows, peak() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    rows, growth = map(int, run.stdout.split())
+    assert rows >= 1
+    assert 0.1 * 128 < growth / 2**20 <= 128
+
+
+# ------------------------------------------------- runs of the script -------------------------------------------------
+
+
+def test_run_ends_with_the_score_of_its_artifact(trained):
+    """The last line is the result, in the grammar that the community's parsers read."""
+    pattern = r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}"
+    assert re.fullmatch(pattern, trained.last_line)
+    assert trained.artifact.exists()
+    assert (trained.folder / "logs" / "run.txt").read_text() == trained.out
+    assert trained.err == ""
+    assert sorted(p.name for p in trained.folder.iterdir()) == [tg.ARTIFACT_NAME, "logs"]
+
+
+def test_run_learns(trained):
+    assert len(trained.losses) == 30
+    assert trained.losses[0] == pytest.approx(math.log(320), abs=0.2)
+    assert trained.losses[-1] < 0.8 * trained.losses[0]
+    assert trained.record["val_loss"] < 0.8 * math.log(320)
+
+
+def test_score_of_the_run_is_that_of_the_model_it_saved(trained, data):
+    """The number is right: recomputed from the artifact, window by window, without the code that scored it."""
+    model, ids = tg.load_artifact(trained.artifact), torch.from_numpy(data.val.astype("int64"))
+    model.compute_dtype, nats = torch.float32, 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            targets = ids[start + 1 : start + 33]
+            log_p = torch.log_softmax(model(ids[None, start : start + len(targets)])[0].double(), -1)
+            nats -= float(log_p.gather(1, targets[:, None]).sum())
+    n_bytes = sum(len(text.encode()) for text in data.val_documents)
+    loss, bpb = (float(x) for x in re.findall(r":(\S+)", trained.last_line))
+    assert loss == pytest.approx(nats / (len(ids) - 1), abs=1e-6)
+    assert bpb == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-6)
+    assert trained.record["val_bpb"] == pytest.approx(bpb, abs=1e-8)
+
+
+def test_run_json_is_flat_and_holds_settings_identities_seconds_and_bytes(trained, data):
+    record = strict_json(trained.folder / "logs" / "run.json")
+    assert all(isinstance(v, str | int | float | bool) or v is None for v in record.values())
+    for cls in (tg.GPTConfig, tg.Hyperparameters):
+        assert {f.name for f in dataclasses.fields(cls)} <= record.keys()
+    assert (record["num_layers"], record["model_dim"], record["matrix_lr"]) == (3, 32, 0.04)
+    assert (record["eval_seq_len"], record["steps"], record["world_size"]) == (32, 30, 1)
+    assert record["val_tokens"] == len(data.val)
+    assert record["val_accounting"] == "sidecar"
+    for key in ("code_sha256", "tokenizer_sha256", "val_shards_sha256"):
+        assert re.fullmatch("[0-9a-f]{64}", record[key])
+    for key in ("seconds_train", "seconds_evaluate", "seconds_quantize", "train_seconds", "torch", "python", "device"):
+        assert key in record
+    assert record["bytes_code"] == Path(tg.__file__).stat().st_size
+    assert record["bytes_artifact"] == trained.artifact.stat().st_size
+    assert record["bytes_total"] == record["bytes_code"] + record["bytes_artifact"]
+    assert record["partial"] is False
+
+
+def test_artifact_is_scored_again_to_the_last_digit(trained, run_script):
+    """The artifact alone suffices: no setting of the model is given, and nothing but the log is written."""
+    defaults = {f.name.upper(): str(f.default) for f in dataclasses.fields(tg.GPTConfig) if type(f.default) is int}
+    again = run_script(**defaults, TRAIN_SEQ_LEN="1024", TRAIN_BATCH_TOKENS="1024", EVAL_ARTIFACT=str(trained.artifact))
+    assert again.status == 0, again.err
+    assert again.last_line == trained.last_line
+    assert not again.artifact.exists()
+    assert again.record["val_bpb"] == trained.record["val_bpb"]
+    assert again.record["num_layers"] == 3
+
+
+def test_same_seed_gives_the_same_artifact_to_the_bit(trained, run_script):
+    again = run_script()
+    assert again.artifact.read_bytes() == trained.artifact.read_bytes()
+    assert again.losses == trained.losses
+
+
+def test_clock_stops_training_within_the_limit(run_script, data):
+    """Also with validation in between, whose time does not count."""
+    run = run_script(MAX_WALLCLOCK_SECONDS="2", ITERATIONS="1000000", VAL_LOSS_EVERY="100", TRAIN_LOG_EVERY="100")
+    assert run.status == 0, run.err
+    assert 1.0 < run.record["train_seconds"] <= 2.5
+    assert 10 < run.record["steps"] < 1_000_000
+    assert f"stopping_early: wallclock_cap train_time:{1000 * run.record['train_seconds']:.0f}ms" in run.out
+    per_epoch = (len(data.train) - 1) // 32
+    assert len(re.findall(r"^epoch:", run.out, re.MULTILINE)) == run.record["steps"] * 8 // per_epoch
+
+
+def test_loss_that_is_not_finite_stops_the_run_without_an_artifact(run_script):
+    """Ten minutes on eight GPUs must not end in a file of NaN."""
+    run = run_script(MATRIX_LR="1e15", TIED_EMBED_LR="1e15", SCALAR_LR="1e15")
+    assert run.status == 1
+    assert re.search(r"error: train_loss is (nan|inf) at step \d+ .*MATRIX_LR=1", run.err)
+    assert "Traceback" not in run.err
+    assert not run.artifact.exists()
+
+
+def test_run_over_the_limit_saves_everything_and_exits_with_status_3(run_script):
+    """The training is paid for: the file stays, the status tells scripts that it does not count."""
+    run = run_script(MAX_TOTAL_BYTES="1000", ITERATIONS="1")
+    assert run.status == 3
+    assert run.artifact.exists()
+    assert f"bytes_total:{run.record['bytes_total']} exceeds MAX_TOTAL_BYTES=1000" in run.out
+    assert run.last_line.startswith("final_int8_zlib_roundtrip_exact ")
+
+
+def test_partial_score_is_called_partial(trained, run_script):
+    run = run_script(EVAL_ARTIFACT=str(trained.artifact), VAL_MAX_TOKENS="100")
+    assert run.status == 0, run.err
+    assert re.search(r"val_bpb:\d\.\d{8} partial:\S+$", run.last_line)
+    assert run.record["partial"] is True
+    assert "partial:" not in trained.out.replace("partial:0", "")
+
+
+def test_every_line_with_a_partial_score_says_so(run_script):
+    """Lines are copied one by one."""
+    run = run_script(VAL_MAX_TOKENS="100", VAL_LOSS_EVERY="1", ITERATIONS="2")
+    assert run.status == 0, run.err
+    lines = [line for line in run.out.splitlines() if " val_loss:" in line]
+    assert len(lines) == 4
+    assert all("partial" in line for line in lines)
+
+
+def test_run_without_steps_scores_the_untrained_model(run_script):
+    """The cheapest check of data and evaluation."""
+    run = run_script(ITERATIONS="0")
+    assert run.status == 0, run.err
+    assert float(re.findall(r"val_loss:(\S+)", run.last_line)[0]) == pytest.approx(math.log(320), abs=0.1)
+    strict_json(run.folder / "logs" / "run.json")
+
+
+def test_model_of_one_layer_is_trained_saved_and_scored(run_script):
+    """It has no skip connection, and so a parameter without elements and without a gradient."""
+    run = run_script(NUM_LAYERS="1", ITERATIONS="2")
+    assert run.status == 0, run.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"NUM_LAYER": "12"}, "NUM_LAYER='12' .*NUM_LAYERS"),
+        ({"DATA_PATH": "nowhere"}, "DATA_PATH='nowhere' .*build_shards.py"),
+        ({"EVAL_ARTIFACT": "nowhere"}, "'nowhere' does not exist"),
+    ],
+    ids=str,
+)
+def test_mistake_of_the_user_ends_with_one_line(run_script, settings, message):
+    run = run_script(**settings)
+    assert (run.status, run.out) == (1, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", run.err)

@@ -199,14 +199,17 @@ def tiny_settings(data) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory, tiny_settings) -> Callable[..., Run]:
-    """A function that runs train_gpt.py, or another command, in an empty directory with the tiny settings."""
+    """A function that runs train_gpt.py, or another command, in an empty directory with the tiny settings.
 
-    def run(*command: str, **settings: str) -> Run:
+    A setting of None is taken out of the environment.
+    """
+
+    def run(*command: str, **settings: str | None) -> Run:
         folder = tmp_path_factory.mktemp("run")
         done = subprocess.run(
             [sys.executable, *(command or (str(ROOT / "train_gpt.py"),))],
             cwd=folder,
-            env={**tiny_settings, **settings},
+            env={name: value for name, value in {**tiny_settings, **settings}.items() if value is not None},
             capture_output=True,
             text=True,
             timeout=120,

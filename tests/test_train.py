@@ -49,6 +49,12 @@ def test_lr_scale_by_the_clock(step, seconds, scale):
     assert tg.lr_scale(step, seconds, CLOCK) == pytest.approx(scale)
 
 
+def test_lr_scale_reaches_zero_at_whichever_end_comes_first():
+    """A fast machine that runs out of steps before the time is up must not stop at the full rate."""
+    assert tg.lr_scale(90, 9.0, CLOCK) == pytest.approx(tg.lr_scale(90, 0.0, STEPS)) == pytest.approx(0.25)
+    assert tg.lr_scale(10, 49.0, CLOCK) < 0.01
+
+
 @given(st.integers(0, 200), st.floats(0, 100), st.integers(0, 300), st.sampled_from([0.0, 50.0]))
 def test_lr_scale_is_a_fraction(step, seconds, warmdown, cap):
     hp = dataclasses.replace(STEPS, warmdown_iters=warmdown, max_wallclock_seconds=cap)
@@ -270,13 +276,20 @@ def test_run_json_is_flat_and_holds_settings_identities_seconds_and_bytes(traine
 
 def test_artifact_is_scored_again_to_the_last_digit(trained, run_script):
     """The artifact alone suffices: no setting of the model is given, and nothing but the log is written."""
-    defaults = {f.name.upper(): str(f.default) for f in dataclasses.fields(tg.GPTConfig) if type(f.default) is int}
-    again = run_script(**defaults, TRAIN_SEQ_LEN="1024", TRAIN_BATCH_TOKENS="1024", EVAL_ARTIFACT=str(trained.artifact))
+    unset = {field.name.upper(): None for field in dataclasses.fields(tg.GPTConfig)}
+    again = run_script(**unset, TRAIN_SEQ_LEN="1024", TRAIN_BATCH_TOKENS="1024", EVAL_ARTIFACT=str(trained.artifact))
     assert again.status == 0, again.err
     assert again.last_line == trained.last_line
     assert not again.artifact.exists()
     assert again.record["val_bpb"] == trained.record["val_bpb"]
     assert again.record["num_layers"] == 3
+
+
+def test_setting_that_contradicts_the_artifact_is_refused(trained, run_script):
+    """Else the log would name a context that was not used."""
+    run = run_script(EVAL_ARTIFACT=str(trained.artifact), EVAL_STRIDE="8")
+    assert (run.status, run.out) == (1, "")
+    assert re.fullmatch("error: EVAL_STRIDE=8 contradicts the artifact's 0: unset it\n", run.err)
 
 
 def test_same_seed_gives_the_same_artifact_to_the_bit(trained, run_script):

@@ -7,8 +7,9 @@
 
 The run trains for MAX_WALLCLOCK_SECONDS, quantizes the weights to int8, compresses them, loads the file it wrote and
 scores that: the last line, `final_int8_zlib_roundtrip_exact val_loss:... val_bpb:...`, is the result. Code plus
-artifact must fit MAX_TOTAL_BYTES; a run that does not saves everything, says so and exits with status 3. Settings are
-the upper-cased fields of GPTConfig and Hyperparameters, as environment variables; PRESET picks their defaults.
+artifact must fit MAX_TOTAL_BYTES; a run that does not saves everything, says so and exits with status 3 (of which
+torchrun makes 1). Settings are the upper-cased fields of GPTConfig and Hyperparameters, as environment variables;
+PRESET picks their defaults.
 
 Writes   ARTIFACT_DIR/final_model.int8.ptz   the scored model: a JSON header and compressed weights, never code
          OUT_DIR/<RUN_ID>.txt                the log, as on the screen
@@ -18,6 +19,7 @@ Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
          module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
          module.config                             GPTConfig
+To import the script by path, enter the module into sys.modules before it is executed: dataclasses look it up there.
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ class GPTConfig:
     bos_id: int = 1  # starts every document
     eval_seq_len: int = 0  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
     eval_stride: int = 0  # targets scored per window; 0 means eval_seq_len, that is windows without overlap
+    compute_dtype: str = "auto"  # of activations: bfloat16, float32, or what the hardware is good at; set by the run
     tokenizer_sha256: str = ""  # set by the run
 
     document_masks: ClassVar[bool] = False  # attention looks across documents
@@ -122,7 +125,6 @@ class Hyperparameters:
     artifact_dir: str = "."
     eval_artifact: str = ""  # score this file and stop
     max_total_bytes: int = 16_000_000  # code + artifact
-    compute_dtype: str = "auto"  # of matrix products: bfloat16, float32, or what the hardware is good at
     compile: str = "auto"  # 1, 0, or auto: on where CUDA or a C++ compiler is found
 
     # one step: train_batch_tokens / train_seq_len sequences, dealt to the ranks, each rank's in micro-batches
@@ -131,7 +133,7 @@ class Hyperparameters:
     micro_batch_tokens: int = 0  # per rank and forward pass; 0: found
     iterations: int = 20_000
     warmdown_iters: int = 1200  # the learning rate falls to zero over the last steps
-    warmup_steps: int = 20  # steps to compile on before the clock starts, undone afterwards
+    warmup_steps: int = 20  # steps to compile on before the clock starts, undone afterwards; a CPU takes one
     max_wallclock_seconds: float = 600.0  # of training; 0: no limit
 
     val_batch_size: int = 524_288  # tokens per evaluation step over all ranks, at most
@@ -167,6 +169,7 @@ RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everyth
     **dict.fromkeys(("num_layers", "num_heads", "num_kv_heads", "mlp_mult"), (1, 256)),
     **dict.fromkeys(("train_batch_tokens", "train_log_every", "val_batch_size", "max_total_bytes"), (1, 1e15)),
     **dict.fromkeys(("eval_seq_len", "eval_stride"), (0, 2**20)),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start"), (0, 0.999999)),
     "train_seq_len": (1, 2**20),
     "vocab_size": (1, 65_536),
     "model_dim": (2, 16_384),
@@ -348,7 +351,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32  # of activations; see pick_dtype
-        self.output_loss = output_loss  # an attribute, so that it can be compiled by itself
+        self.output_loss = output_loss  # an attribute, so that a CPU can compile it by itself (compile_model)
         self.tok_emb = Linear(config.model_dim, config.vocab_size)  # rows are looked up; tied, also the output matrix
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.num_encoder_layers = config.num_layers // 2
@@ -619,7 +622,7 @@ class Loader:
         self.stream, self.vocab_size, self.world, self.seq_len = stream, vocab_size, world, hp.train_seq_len
         self.n_sequences = hp.train_batch_tokens // hp.train_seq_len
         self.epoch_sequences = (len(stream) - 1) // hp.train_seq_len
-        self.micro_sequences = math.ceil(hp.micro_batch_tokens / hp.train_seq_len)  # 0 until fit_micro_batch
+        self.micro_sequences = max(int(hp.micro_batch_tokens > 0), hp.micro_batch_tokens // hp.train_seq_len)  # 0: open
         data, batch = f"DATA_PATH={hp.data_path!r}", f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}"
         short = f"{data} holds {len(stream)} train tokens, too few for one step of {batch}: lower it"
         require(self.epoch_sequences >= self.n_sequences, short)
@@ -644,8 +647,9 @@ class Loader:
         for part in (World(i, n_micro).share(len(mine)) for i in range(n_micro)):
             rows = [self.sequence(step * self.n_sequences + mine[j]) for j in part]
             tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-            tokens = tokens.pin_memory() if self.world.device.type == "cuda" else tokens
-            tokens = tokens.to(self.world.device, non_blocking=True)
+            if self.world.device.type == "cuda":
+                tokens = tokens.pin_memory()  # without it the copy would wait for the device
+            tokens = tokens.to(self.world.device, non_blocking=tokens.is_pinned())
             pairs.append((tokens[:, :-1], tokens[:, 1:]))
         return pairs
 
@@ -770,7 +774,7 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a manifest of data/build_shards.py: export the data again") from None
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    for name in sorted({*found, *(name for name in promised if "_bytes_" not in name)}):
+    for name in sorted({*found, *promised}):
         same = found.get(name) == promised.get(name)
         require(same, f"{folder / name} contradicts {path}: fetch or export the data again")
     mine = f"TOKENIZER_PATH has sha256 {tokenizer_sha256}"
@@ -816,6 +820,8 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
         losses = target_nats(logits_fn(batch[:, :-1]), batch[:, 1:]).cpu()
         sums[:2] += torch.stack((losses[scored].double().sum(), scored.sum().double()))
     world.sum_all([sums])
+    if not bool(sums.isfinite().all()):
+        raise FloatingPointError("val_loss is not finite: the weights are useless, train with lower learning rates")
     return Score(float(sums[0]), int(sums[1]), int(sums[2]), split.identity["partial"])
 
 
@@ -871,33 +877,45 @@ def pack_artifact(model: GPT) -> bytes:
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
 
 
-def read_artifact(path: Path) -> tuple[GPT, bytes]:
-    """The empty model (on the meta device) that an artifact describes, and its payload, bounded and checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
-    require(path.stat().st_size < 8 * MAX_PARAMETERS, f"{path} has more bytes than any artifact: name another file")
-    data, damaged = path.read_bytes(), f"{path} is damaged: copy or make it again"
-    is_artifact = len(data) >= ARTIFACT_PREFIX.size and data.startswith(ARTIFACT_MAGIC)
-    require(is_artifact, f"{path} is not an artifact of train_gpt.py: it does not start with {ARTIFACT_MAGIC!r}")
-    (_, crc32, length), body = ARTIFACT_PREFIX.unpack_from(data), data[ARTIFACT_PREFIX.size :]
-    require(zlib.crc32(body) == crc32 and length <= min(len(body), MAX_HEADER_BYTES), f"{damaged} (checksum)")
+def read_header(path: Path, text: bytes) -> tuple[GPT, int]:
+    """The empty model (on the meta device) that the JSON header of an artifact describes; the bytes of its payload."""
     try:
-        header = json.loads(body[:length])
-        found = {"format": header["format"], "codec": header["codec"]}
-        ours = {"format": ARTIFACT_FORMAT, "codec": CODEC}
-        require(found == ours, f"{path} is {found!r:.200}, this script reads {ours}: use the script that wrote it")
+        header = json.loads(text)
+        found, ours = (header["format"], header["codec"]), (ARTIFACT_FORMAT, CODEC)
+        require(found == ours, f"its format {found!r:.200} is not {ours}: use the script that wrote it")
+        known = header["config"].keys() == {field.name for field in dataclasses.fields(GPTConfig)}
+        require(known, f"a config of {sorted(header['config'])!r:.400} is not this script's")
         with torch.device("meta"):
             model = GPT(GPTConfig(**header["config"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} has a header that describes no model: {error!r:.300}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that describes no model ({error!s:.600})") from None
     size = sum(stored_bytes(kind, shape) for _, kind, shape in tensor_table(model))
     fits = header.get("tensors") == tensor_table(model) and header.get("payload_bytes") == size
     require(fits, f"{path} has a tensor table that does not fit its config: make it again")
     require(size < 4 * MAX_PARAMETERS, f"{path} describes {size} bytes of weights, more than any artifact holds")
     require(model.config.eval_seq_len > 0, f"{path} has no EVAL_SEQ_LEN in its config: make it again")
+    return model, size
+
+
+def read_artifact(path: Path) -> tuple[GPT, bytes]:
+    """The empty model (on the meta device) that an artifact describes, and its payload, bounded and checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
+    damaged = f"{path} is damaged: copy or make it again"
+    with path.open("rb") as file:
+        prefix = file.read(ARTIFACT_PREFIX.size)
+        is_artifact = len(prefix) == ARTIFACT_PREFIX.size and prefix.startswith(ARTIFACT_MAGIC)
+        require(is_artifact, f"{path} is not an artifact of train_gpt.py: it does not start with {ARTIFACT_MAGIC!r}")
+        _, crc32, length = ARTIFACT_PREFIX.unpack(prefix)
+        require(length <= MAX_HEADER_BYTES, f"{damaged} (header of {length} bytes)")
+        text = file.read(length)
+        model, size = read_header(path, text)
+        body = file.read(size + size // 1000 + 1024)  # zlib never makes more of `size` bytes
+        require(not file.read(1), f"{path} has more bytes than its header describes: make it again")
+    require(zlib.crc32(body, zlib.crc32(text)) == crc32, f"{damaged} (checksum)")
     unpacker = zlib.decompressobj()
     try:
-        payload = unpacker.decompress(body[length:], size + 1)
+        payload = unpacker.decompress(body, size + 1)
     except zlib.error as error:
         raise ValueError(f"{damaged} ({error})") from None
     whole = len(payload) == size and unpacker.eof and not unpacker.unused_data
@@ -923,7 +941,7 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
         require(bool(np.isfinite(value).all()), f"{path} has a value in {name} that is not finite: make it again")
         tensors[name] = torch.from_numpy(value)
     model.load_state_dict(tensors, assign=True)
-    model.compute_dtype = pick_dtype(torch.device(device))
+    model.compute_dtype = pick_dtype(torch.device(device), model.config.compute_dtype)
     return model.to(device).eval()
 
 
@@ -985,7 +1003,8 @@ def available_memory() -> int:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (top := limit.read_text().strip()).isdigit():
-        free = min(free, int(top) - int(limit.with_name("memory.current").read_text()))
+        cached = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, int(top) - int(limit.with_name("memory.current").read_text()) + int(cached))
     return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -1009,8 +1028,8 @@ def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -
     while world.device.type == "cuda":
         failed = torch.zeros(())
         try:
-            ids, targets = loader.batch(0)[-1]
-            loss_fn(ids, targets).backward()
+            for ids, targets in loader.batch(0)[-2:]:  # the second one beside the gradients of the first
+                loss_fn(ids, targets).backward()
         except torch.OutOfMemoryError:
             failed += 1
         model.zero_grad(set_to_none=True)
@@ -1019,6 +1038,7 @@ def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -
             return
         require(loader.micro_sequences > 1, f"TRAIN_SEQ_LEN={loader.seq_len} does not fit into the GPU: lower it")
         loader.micro_sequences //= 2
+        torch.compiler.reset()  # drops the graphs of the larger shape, whose number is limited
         torch.cuda.empty_cache()
 
 
@@ -1071,8 +1091,8 @@ def prime(run: Trainer, steps: int, log0: Log) -> None:
 def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log) -> dict[str, Any]:
     """Run to ITERATIONS or the time limit, whichever comes first, and validate at the end. -> results by log key
 
-    A step is started only if the slowest of the last ten would still end within the limit. A loss that is not finite
-    raises FloatingPointError.
+    A step is started only if the slowest of the last ten would still end within the limit; the first one always is. A
+    loss that is not finite raises FloatingPointError.
     """
     hp, loader, results = run.hp, run.loader, dict[str, Any]()
     step, seconds, train_loss, recent = 0, 0.0, math.nan, deque([0.0], maxlen=10)
@@ -1096,8 +1116,10 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
         batch = loader.batch(step)  # while the device is busy with the step
         last_loss, train_loss = train_loss, float(loss)
         if not math.isfinite(train_loss):
-            lower = f"lower MATRIX_LR={hp.matrix_lr} or TIED_EMBED_LR={hp.tied_embed_lr}, or set GRAD_CLIP_NORM=1"
-            raise FloatingPointError(f"train_loss is {train_loss} at step {step} (last good {last_loss:.4f}): {lower}")
+            lower = f"lower the learning rates (MATRIX_LR={hp.matrix_lr} ...) or set GRAD_CLIP_NORM=1"
+            message = f"train_loss is {train_loss} at step {step} (last good {last_loss:.4f}): {lower}"
+            log0(message)
+            raise FloatingPointError(message)
         # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
         before, seconds = seconds, run.world.agree(ledger.seconds("train"))
         recent.append(seconds - before)
@@ -1121,7 +1143,9 @@ def start_world() -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("mps" if torch.backends.mps.is_available() and size == 1 else "cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(local_rank < count, f"LOCAL_RANK={local_rank}, but there are {count} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1167,23 +1191,27 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 
 
 def train_artifact(
-    path: Path, config: GPTConfig, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger, log0: Log
+    path: Path, config: GPTConfig, loader: Loader, split: ValSplit, hp: Hyperparameters, ledger: Ledger, log0: Log
 ) -> dict[str, Any]:
     """Train a model and write its artifact. -> results by log key"""
-    loader = Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world)
-    dataset, shards = Path(hp.data_path).name, len(loader.stream.files)
+    world, dataset, shards = loader.world, Path(hp.data_path).name, len(loader.stream.files)
+    if world.rank == 0:
+        write_file(path, b"")  # now, not after training, is the time to learn that the place cannot be written;
+        path.unlink()  # and what an earlier run left there is not this one's
     log0(f"train_loader:dataset:{dataset} train_shards:{shards} train_tokens:{len(loader.stream)}")
     model = GPT(config)
     init_weights(model, hp)
-    model.to(world.device).compute_dtype = pick_dtype(world.device, hp.compute_dtype)
+    model.to(world.device).compute_dtype = pick_dtype(world.device, config.compute_dtype)
     compiled = wants_compile(hp.compile, world.device)
     loss_fn, logits_fn = compile_model(model, compiled)
     ledger.switch("compile")
     fit_micro_batch(loss_fn, model, loader, world)
     run = Trainer(loss_fn, model, build_optimizers(model, hp, world), loader, hp, world)
-    sizes = {"model_params": sum(p.numel() for p in model.parameters())}
+    sizes = {"model_params": sum(p.numel() for p in model.parameters()), "world_size": world.size}
     sizes |= {"grad_accum_steps": len(loader.batch(0)), "micro_batch_sequences": loader.micro_sequences}
-    log0(key_values(sizes | {"activations": str(model.compute_dtype).removeprefix("torch."), "compiled": compiled}))
+    log0(key_values(sizes | {"compiled": compiled}))
+    shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
+    log0(key_values({name: getattr(hp, name) for name in shown}))
     if compiled:
         prime(run, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), log0)
     results = train(run, lambda: evaluate(logits_fn, split, config, hp, world), ledger, log0)
@@ -1194,34 +1222,49 @@ def train_artifact(
     return {**results, **sizes}
 
 
-def score_artifact(path: Path, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger) -> Score:
+def score_artifact(
+    path: Path, config: GPTConfig, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger
+) -> Score:
     """Score the file at `path`, rebuilt from the disk."""
     ledger.switch("load")
     model = load_artifact(path, world.device)
-    model.compute_dtype = pick_dtype(world.device, hp.compute_dtype)
+    model.compute_dtype = pick_dtype(world.device, config.compute_dtype)
     logits_fn = compile_model(model, wants_compile(hp.compile, world.device))[1]
     ledger.switch("evaluate")
-    return evaluate(logits_fn, split, model.config, hp, world)
+    score = evaluate(logits_fn, split, model.config, hp, world)
+    ledger.switch("report")
+    return score
 
 
 def report(
     record: dict[str, Any], path: Path, bytes_code: int, hp: Hyperparameters, world: World, ledger: Ledger, log0: Log
 ) -> bool:
     """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
-    (memory, reserved), bytes_total = peak_memory_mib(world.device), bytes_code + path.stat().st_size
-    sizes = {"bytes_code": bytes_code, "bytes_artifact": path.stat().st_size, "bytes_total": bytes_total}
+    (memory, reserved), bytes_artifact = peak_memory_mib(world.device), path.stat().st_size
+    bytes_total = bytes_code + bytes_artifact
+    record |= {"bytes_code": bytes_code, "bytes_artifact": bytes_artifact, "bytes_total": bytes_total}
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in ledger.spent.items()}
     if world.rank == 0:
-        text = json.dumps(record | sizes | seconds | {"peak_memory_mib": memory}, indent=1)
+        text = json.dumps(record | seconds | {"peak_memory_mib": memory}, indent=1, allow_nan=False)
         write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
     log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
     log0(f"ledger {key_values(seconds)} counted:seconds_train")
     shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
     log0(key_values({key: record[key] for key in shown if key in record}))
-    log0(key_values(sizes | {"max_total_bytes": hp.max_total_bytes}))
+    log0(f"Serialized model int8+zlib: {bytes_artifact} bytes")
+    log0(f"Code size: {bytes_code} bytes")
+    log0(f"Total submission size int8+zlib: {bytes_total} bytes")
     if bytes_total > hp.max_total_bytes:
         log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
     return bytes_total <= hp.max_total_bytes
+
+
+def adopt_config(asked: GPTConfig, stored: GPTConfig) -> GPTConfig:
+    """The config of an artifact; COMPUTE_DTYPE may differ, other settings that contradict it are errors."""
+    for name, value in vars(stored).items():
+        same = name == "compute_dtype" or name.upper() not in os.environ or getattr(asked, name) == value
+        require(same, f"{name.upper()}={getattr(asked, name)} contradicts the artifact's {value}: unset it")
+    return stored if asked.compute_dtype == "auto" else dataclasses.replace(stored, compute_dtype=asked.compute_dtype)
 
 
 def main() -> int:
@@ -1235,30 +1278,32 @@ def main() -> int:
     hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
     config = dataclasses.replace(config, eval_seq_len=config.eval_seq_len or hp.train_seq_len)
     if hp.eval_artifact:
-        asked, path = config, Path(hp.eval_artifact)
-        config = load_artifact(path).config
-        for name, value in vars(config).items():
-            same = name.upper() not in os.environ or getattr(asked, name) == value
-            require(same, f"{name.upper()}={getattr(asked, name)} contradicts the artifact's {value}: unset it")
+        path = Path(hp.eval_artifact)
+        config = adopt_config(config, load_artifact(path).config)
+    else:
+        loader = Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world)
+    dtype = pick_dtype(world.device, config.compute_dtype)
     sp, sha256 = load_tokenizer(hp.tokenizer_path, config)
-    config = dataclasses.replace(config, tokenizer_sha256=sha256)
+    config = dataclasses.replace(config, tokenizer_sha256=sha256, compute_dtype=str(dtype).removeprefix("torch."))
     split = load_val_split(hp, config, sp, sha256)
 
     log0 = open_log(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
-    machine = {**describe_machine(world.device), "world_size": world.size}
+    machine = {**describe_machine(world.device), "world_size": world.size, "compute_dtype": config.compute_dtype}
     identity = {"code_sha256": hashlib.sha256(code).hexdigest(), "judge_version": JUDGE_VERSION, **split.identity}
     method = {"eval_method": config.eval_method, "eval_seq_len": config.eval_seq_len}
     log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(changed)}")
     log0(key_values(machine))
+    log0(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
     log0(f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)} {key_values(method)}")
     log0(key_values(identity))
     record = {**vars(config), **vars(hp), **machine, **identity, **method}
     if not hp.eval_artifact:
-        record |= train_artifact(path, config, split, hp, world, ledger, log0)
-    score = score_artifact(path, split, hp, world, ledger)
-    ledger.switch("report")
+        record |= train_artifact(path, config, loader, split, hp, ledger, log0)
+    score = score_artifact(path, config, split, hp, world, ledger)
     record |= {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+    record |= {"val_nats": score.nats, "scored_tokens": score.tokens, "scored_bytes": score.bytes}
     fits = report(record, path, len(code), hp, world, ledger, log0)
+    log0(f"final_{CODEC}_roundtrip {score:.4f} eval_time:{1000 * ledger.spent['evaluate']:.0f}ms")
     log0(f"final_{CODEC}_roundtrip_exact {score:.8f}")
     if world.size > 1:
         dist.destroy_process_group()
@@ -1268,7 +1313,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         status = main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.flush()
     if "RANK" in os.environ:

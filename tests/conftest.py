@@ -86,7 +86,6 @@ def hp() -> tg.Hyperparameters:
         train_seq_len=16,
         val_batch_size=256,
         max_wallclock_seconds=0.0,
-        compute_dtype="float32",
         compile="0",
     )
 

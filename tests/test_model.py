@@ -172,6 +172,6 @@ def test_model_in_bfloat16_is_close_to_that_in_float32(config, random_model, ids
 def test_compiled_functions_agree_with_the_plain_ones(config, random_model, ids):
     model = random_model(config)
     plain = model.loss(ids, ids).item(), model(ids).detach()
-    loss_fn, logits_fn = tg.compile_model(model, "1")
+    loss_fn, logits_fn = tg.compile_model(model, True)
     assert loss_fn(ids, ids).item() == pytest.approx(plain[0], abs=1e-4)
     torch.testing.assert_close(logits_fn(ids).detach(), plain[1], atol=1e-4, rtol=0)

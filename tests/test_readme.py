@@ -19,7 +19,7 @@ def test_ci_runs_the_command_lines_of_the_readme():
     lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(lines) == 2
-    assert re.findall(r"^run '(python .*)'$", ci, re.M) == lines
+    assert re.findall(r"^run '(python .*)'$", ci, re.M)[:2] == lines
 
 
 def test_settings_in_the_readme_exist():

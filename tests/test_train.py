@@ -115,6 +115,32 @@ def trainer(data, config, hp):
     return make
 
 
+def test_train_obeys_clock_and_schedule(monkeypatch, trainer):
+    """With a clock of 1 second per step and 100 per validation: no step that would end after the cap is begun,
+    validation is free, and every step gets the rate and momentum of its time."""
+    run = trainer(iterations=1000, max_wallclock_seconds=10.5, warmdown_iters=4, val_loss_every=3)
+    now, seen, lines = [0.0], [], []
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    ledger = tg.Ledger(torch.device("cpu"))
+
+    def step(run: tg.Trainer, batch: tg.Batch, scale: float, momentum: float) -> torch.Tensor:
+        seen.append((scale, momentum))
+        now[0] += 1.0
+        return torch.tensor(1.0)
+
+    def validate() -> tg.Score:
+        now[0] += 100.0
+        return tg.Score(1.0, 1, 1)
+
+    monkeypatch.setattr(tg, "train_step", step)
+    results = tg.train(run, validate, ledger, lines.append)
+    assert (results["steps"], len(seen), results["train_seconds"]) == (10, 10, 10.0)
+    assert ledger.spent["validate"] == 500.0  # steps 0, 3, 6, 9 and the last
+    assert [scale for scale, _ in seen] == pytest.approx([1.0] * 7 + [3.5 / 4, 2.5 / 4, 1.5 / 4])
+    assert [momentum for _, momentum in seen] == pytest.approx([0.85 + 0.1 * i / 500 for i in range(10)])
+    assert "stopping_early" in lines[-1]
+
+
 def losses(run: tg.Trainer, n_steps: int) -> list[float]:
     return [float(tg.train_step(run, run.loader.batch(step), 1.0, 0.95)) for step in range(n_steps)]
 
@@ -318,6 +344,33 @@ def test_loss_that_is_not_finite_stops_the_run_without_an_artifact(run_script):
     assert not run.artifact.exists()
 
 
+def test_score_that_is_not_finite_stops_the_run(run_script):
+    """The last update can break the weights without a training loss that shows it."""
+    rates = {"MATRIX_LR": "1e6", "SCALAR_LR": "1e6", "TIED_EMBED_LR": "1e6", "WARMDOWN_ITERS": "0"}
+    run = run_script(**rates, NUM_LAYERS="6", ITERATIONS="1")
+    assert run.status == 1
+    assert re.fullmatch("error: val_loss is not finite.*\n", run.err)
+    assert not run.artifact.exists()
+
+
+def test_artifact_of_an_earlier_run_does_not_survive_a_failed_one(run_script, tmp_path):
+    """It would pass for the result."""
+    old = tmp_path / tg.ARTIFACT_NAME
+    old.write_bytes(b"old")
+    assert run_script(MATRIX_LR="1e15", TIED_EMBED_LR="1e15", ARTIFACT_DIR=str(tmp_path)).status == 1
+    assert not old.exists()
+    assert run_script(VOCAB_SIZE="321", ARTIFACT_DIR=str(tmp_path)).status == 1
+
+
+def test_place_that_cannot_be_written_is_found_before_training(run_script, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = run_script(ARTIFACT_DIR=str(tmp_path / "file"))
+    assert run.status == 1
+    assert "train_loss" not in run.out
+    assert re.search(r"^error: .*file", run.err)
+    assert "Traceback" not in run.err
+
+
 def test_run_over_the_limit_saves_everything_and_exits_with_status_3(run_script):
     """The training is paid for: the file stays, the status tells scripts that it does not count."""
     run = run_script(MAX_TOTAL_BYTES="1000", ITERATIONS="1")
@@ -340,7 +393,7 @@ def test_every_line_with_a_partial_score_says_so(run_script):
     run = run_script(VAL_MAX_TOKENS="100", VAL_LOSS_EVERY="1", ITERATIONS="2")
     assert run.status == 0, run.err
     lines = [line for line in run.out.splitlines() if " val_loss:" in line]
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all("partial" in line for line in lines)
 
 
@@ -363,6 +416,11 @@ def test_model_of_one_layer_is_trained_saved_and_scored(run_script):
     [
         ({"NUM_LAYER": "12"}, "NUM_LAYER='12' .*NUM_LAYERS"),
         ({"DATA_PATH": "nowhere"}, "DATA_PATH='nowhere' .*build_shards.py"),
+        (
+            {"DATA_PATH": "nowhere", "TOKENIZER_PATH": "nowhere"},
+            "DATA_PATH='nowhere' .*build_shards.py.*build_shards.py",
+        ),
+        ({"BETA1": "1.5"}, "BETA1=1.5 must be from 0 to"),
         ({"EVAL_ARTIFACT": "nowhere"}, "'nowhere' does not exist"),
     ],
     ids=str,

@@ -581,8 +581,8 @@ class TokenStream:
         self.files = sorted(Path(folder).glob(pattern))
         if not self.files:
             raise FileNotFoundError(
-                f"DATA_PATH={folder!r} holds no {pattern}: make it with `python data/build_shards.py` (an embedded "
-                "corpus, for PRESET=smoke) or `python data/build_shards.py --name NAME --input FILE.jsonl --val-docs N`"
+                f"DATA_PATH={folder!r} holds no {pattern}: get the published shards with `python data/download.py "
+                "--variant sp1024`, or a small corpus for PRESET=smoke with `python data/build_shards.py`"
             )
         self.shards = [read_shard(file) for file in self.files]
         self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()

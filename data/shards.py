@@ -24,7 +24,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 MAX_TOKENS = 2**31 - 1  # the count is an int32
 
 
-def write_whole(path: Path, *parts: bytes) -> None:
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     """Write the file whole or not at all: under its name there is never a part of it, even if the run is killed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same directory: os.replace cannot cross disks
     try:
@@ -51,7 +51,7 @@ def write_shard(path: Path, tokens: npt.ArrayLike) -> None:
         raise ValueError(f"{path} would hold values {array.min()}..{array.max()}, but a shard stores 0..65535 (uint16)")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, array.size
-    write_whole(path, header.tobytes(), array.astype("<u2").tobytes())
+    write_whole(path, header.tobytes(), np.ascontiguousarray(array, dtype="<u2").data)  # no copy of a full shard
 
 
 def read_shard(path: Path) -> npt.NDArray[np.uint16]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import build_shards
+import documents
 import numpy as np
 import pytest
 import sentencepiece as spm
 import shards
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+import tokenizer
+from tokenizer import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PUBLISHED = SHARED / "tokenizers" / "fineweb_1024_bpe.model"
@@ -25,22 +31,6 @@ SENTENCE = "the cat sat on a mat and then it ran off with 12 caf\u00e9s\n\n    t
 WORDS = SENTENCE.split(" ")
 DOCUMENTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) + f" number {i}" for i in range(30)]
 BUILD = ["--vocab-size", "300", "--name", "toy"]
-
-# SentencePiece decodes a literal U+2581 as a space; UTF-8 has no surrogates
-any_text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
-awkward_text = st.text(
-    st.sampled_from(" \n\t\r\0ab1\u00e9\u00bd\u2047\u2581\u2585\u3000\uff21\ufb01\ufeff\U0001f642\u0301")
-)
-
-
-@pytest.fixture(scope="module")
-def sp() -> spm.SentencePieceProcessor:
-    return build_shards.load_tokenizer(build_shards.train_tokenizer(DOCUMENTS, 300), Path("toy.model"))
-
-
-@pytest.fixture(scope="module")
-def published() -> spm.SentencePieceProcessor:
-    return build_shards.load_tokenizer(PUBLISHED.read_bytes(), PUBLISHED)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -63,108 +53,12 @@ def read_split(out: Path, pattern: str) -> np.ndarray:
 def test_help_names_every_argument() -> None:
     script = Path(build_shards.__file__)
     run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    for name in ("--input", "--val", "--val-docs", "--tokenizer", "--vocab-size", "--name", "--out", "--shard-tokens"):
+    for name in (
+        "--input", "--hub", "--hub-config", "--hub-revision", "--val", "--val-docs", "--max-docs", "--licence",
+        "--tokenizer", "--vocab-size", "--caseops", "--published", "--name", "--out", "--shard-tokens", "--workers",
+        "--check",
+    ):  # fmt: skip
         assert name in run.stdout
-
-
-# --- Tokenizer ---
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=any_text)
-@example(text=" \n\n   \t\0 ")
-@example(text="\u2585\ufeff\U0010ffff")
-def test_a_trained_tokenizer_is_lossless(sp: spm.SentencePieceProcessor, text: str) -> None:
-    assert sp.decode(sp.encode(text)) == text
-
-
-def test_a_tokenizer_is_lossless_even_where_the_training_text_has_no_space() -> None:
-    """Spelt in bytes, a space would decode to U+2581."""
-    model = build_shards.train_tokenizer(["".join(chr(97 + i * i * i % 26) for i in range(999))], 280)
-    sp = build_shards.load_tokenizer(model, Path("toy.model"))
-    assert sp.decode(sp.encode(" a  b ")) == " a  b "
-
-
-def test_special_ids_and_byte_pieces(sp: spm.SentencePieceProcessor) -> None:
-    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
-    assert sum(sp.is_byte(i) for i in range(sp.get_piece_size())) == 256
-
-
-@pytest.mark.parametrize("awkward", ["", "\t", "\0", "\u2581", "\u2585", "\r\n"])
-def test_no_length_and_no_character_keeps_a_document_from_the_tokenizer(awkward: str) -> None:
-    """One file may hold one long document: the trainer must not skip it."""
-    letters = [chr(97 + i * i * i % 7 + i % 3) + " " * (i % 5 == 0) for i in range(10_000)]
-    model = build_shards.train_tokenizer(["".join(letters) + 2000 * awkward], 300)
-    assert build_shards.load_tokenizer(model, Path("toy.model")).get_piece_size() == 300
-
-
-def test_a_large_alphabet_leaves_room_for_merges() -> None:
-    rare = "".join(map(chr, range(0x4E00, 0x5E00)))
-    model = build_shards.train_tokenizer([*DOCUMENTS, rare], 400)
-    sp = build_shards.load_tokenizer(model, Path("toy.model"))
-    assert sum(len(sp.id_to_piece(i)) > 1 and not sp.is_byte(i) for i in range(4, 400)) > 50
-    assert sp.decode(sp.encode(rare)) == rare
-
-
-def test_the_smallest_vocabulary_spells_text_in_bytes() -> None:
-    sp = build_shards.load_tokenizer(build_shards.train_tokenizer(DOCUMENTS, 261), Path("toy.model"))
-    assert sp.decode(sp.encode(DOCUMENTS[7])) == DOCUMENTS[7]
-    assert len(sp.encode(DOCUMENTS[7])) == len(DOCUMENTS[7].encode())
-
-
-@given(lengths=st.lists(st.integers(0, 50), max_size=60), limit=st.integers(1, 500))
-def test_the_training_sample_is_evenly_spaced_and_bounded(lengths: list[int], limit: int) -> None:
-    documents = [chr(256 + i) * n for i, n in enumerate(lengths)]
-    sample = build_shards.sample_documents(documents, limit)
-    assert len(sample) <= 1 or sum(map(len, sample)) <= limit
-    strides = [2**k for k in range(8)]
-    assert sample == [] or sample in [documents[::stride] for stride in strides]
-
-
-# --- Sidecar ---
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.one_of(any_text, awkward_text))
-def test_source_bytes_of_a_lossless_tokenizer_are_those_of_its_pieces(
-    sp: spm.SentencePieceProcessor, text: str
-) -> None:
-    """Independent count: a token that is not part of a character stands for the bytes of its piece."""
-    ids, n_bytes = build_shards.source_bytes(sp, text.encode())
-    assert ids == sp.encode(text)
-    assert len(n_bytes) == len(ids)
-    assert sum(n_bytes) == len(text.encode())
-    for i, n in zip(ids, n_bytes, strict=True):
-        if not sp.is_byte(i) and "\u2581" not in text:
-            assert n == len(sp.id_to_piece(i).replace("\u2581", " ").encode())
-
-
-@needs_published
-@settings(max_examples=200, deadline=None)
-@given(text=st.one_of(any_text, awkward_text))
-@example(text="  a\n\nb  ")
-@example(text="\u00bd\uff21\ufb01")
-def test_source_bytes_add_up_even_where_the_tokenizer_folds_text(
-    published: spm.SentencePieceProcessor, text: str
-) -> None:
-    ids, n_bytes = build_shards.source_bytes(published, text.encode())
-    assert ids == published.encode(text)
-    assert len(n_bytes) == len(ids)
-    assert all(n >= 0 for n in n_bytes)
-    assert sum(n_bytes) == (len(text.encode()) if ids else 0)
-
-
-@needs_published
-def test_folded_bytes_count_for_a_token_beside_them(published: spm.SentencePieceProcessor) -> None:
-    ids, n_bytes = build_shards.source_bytes(published, b"a  \n b  ")
-    pieces = [published.id_to_piece(i) for i in ids]
-    assert list(zip(pieces, n_bytes, strict=True)) == [("a", 1), ("\u2581b", 7)]
-
-
-@needs_published
-def test_a_run_of_blanks_that_overflows_uint16_names_the_document(published: spm.SentencePieceProcessor) -> None:
-    with pytest.raises(ValueError, match=r"begins with 'far .*stands for 70004 bytes.*shorten its runs of blanks"):
-        build_shards.encode_val(published, ["near by", "far" + " " * 70_000 + " off"])
 
 
 # --- Builds ---
@@ -188,8 +82,12 @@ def test_manifest_equals_a_recount_from_files_and_documents(tmp_path: Path) -> N
         "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         "vocab_size": 300,
         "lossless": True,
+        "transform": "escape",
+        "settings": tokenizer.model_settings(model.read_bytes()),
     }
     assert (manifest["format"], manifest["name"], manifest["source"]) == (1, "toy", "a.jsonl")
+    assert manifest["revision"] == f"sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}"
+    assert (manifest["licence"], manifest["val_docs"]) == ("unknown", 5)
     for split, texts, dropped, overlap in (("train", DOCUMENTS[5:], 2, 1), ("val", DOCUMENTS[:5], 0, 0)):
         s = manifest["splits"][split]
         tokens = read_split(tmp_path, f"fineweb_{split}_0*.bin")
@@ -215,15 +113,49 @@ def test_sidecar_lies_beside_the_tokens_and_adds_up_per_document(tmp_path: Path)
     assert np.add.reduceat(n_bytes, starts).tolist() == [len(text.encode()) for text in DOCUMENTS[:5]]
 
 
-def test_two_builds_are_byte_identical(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so do two builds with the same number."""
+    monkeypatch.setattr(build_shards, "BATCH_CHARS", 200)  # one or two documents
+    started = []
+    pool = build_shards.ProcessPoolExecutor
+    monkeypatch.setattr(build_shards, "ProcessPoolExecutor", lambda *a: started.append(a[0]) or pool(*a))
+    source = write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, "", DOCUMENTS[2], *map(str.upper, DOCUMENTS)])
     contents = []
-    for name in ("one", "two"):
-        build(tmp_path / name, *BUILD, "--input", source, "--val-docs", "5")
-        files = [file for file in (tmp_path / name).rglob("*") if file.is_file()]
-        contents.append({file.relative_to(tmp_path / name): file.read_bytes() for file in files})
-    assert contents[0] == contents[1]
-    assert len(contents[0]) == 5
+    for i, workers in enumerate(("1", "1", "2", "3")):
+        out = tmp_path / str(i)
+        build(out, *BUILD, "--input", source, "--val-docs", "29", "--shard-tokens", "200", "--workers", workers)
+        contents.append(read_folder(out))
+    assert started == [2, 2, 3, 3]  # a pool for each split
+    assert all(content == contents[0] for content in contents)
+    assert len(contents[0]) > 20
+
+
+class Dying(build_shards.Encoder):
+    """Ends its process without a word, as the system does with one that takes too much memory."""
+
+    def __call__(self, texts: list[str]) -> build_shards.Encoded:
+        os._exit(9)
+
+
+def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_shards, "BATCH_CHARS", 1)
+    encoder = Dying(tokenizer.Tokenizer(tokenizer.byte_model(), Path("byte260.model")), "train", set())
+    with pytest.raises(OSError, match=r"a worker died.*try fewer than --workers=2"):
+        list(build_shards.encode_in_order(encoder, DOCUMENTS, 2))
+
+
+def test_a_fault_in_a_worker_is_told_and_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_shards, "BATCH_CHARS", 200)
+    source = write_jsonl(tmp_path / "a.jsonl", ["Another text."])
+    val = write_jsonl(tmp_path / "val.jsonl", [*DOCUMENTS, "far" + " " * 70_000 + " off"])
+    arguments = ["--name", "toy", "--input", source, "--val", val, "--tokenizer", wide_tokenizer(tmp_path)]
+    message = message_of(*arguments, "--workers", "2", "--out", tmp_path)
+    assert re.search(r"begins with 'far .*stands for 7000[0-9] bytes.*shorten its runs of blanks", message)
+    assert not (tmp_path / "datasets" / "toy" / "manifest.json").exists()
 
 
 def test_a_validation_document_never_reaches_train_or_the_tokenizer(tmp_path: Path) -> None:
@@ -236,7 +168,7 @@ def test_a_validation_document_never_reaches_train_or_the_tokenizer(tmp_path: Pa
     assert s["overlap_documents"] == 3
     assert (s["documents"], s["bytes"], s["text_sha256"]) == recount(others)
     model = (tmp_path / "tokenizers" / "toy_300_bpe.model").read_bytes()
-    assert model == build_shards.train_tokenizer(others, 300)
+    assert model == train_tokenizer(others, 300)
 
 
 def test_shards_of_a_longer_export_do_not_survive(tmp_path: Path) -> None:
@@ -262,14 +194,128 @@ def test_every_suffix_gives_the_same_documents(tmp_path: Path) -> None:
     for path, text in zip(txt, texts, strict=True):
         path.write_bytes(text.encode())
     for paths in ([plain], [packed], [table], txt):
-        assert list(build_shards.read_documents(paths)) == texts
+        assert list(documents.read_documents(paths)) == texts
 
 
-def test_a_literal_space_mark_is_reported_as_lossy(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["a \u2581 b", *DOCUMENTS])
-    manifest = build(tmp_path, *BUILD, "--input", source, "--val-docs", "1")
-    assert manifest["tokenizer"]["lossless"] is False
-    assert read_split(tmp_path, "fineweb_val_bytes_*.bin").sum() == len("a \u2581 b".encode())
+AWKWARD = [
+    "a \u2581 b\u2581",
+    "\0\0",
+    " Lone\ue004s \ue001\ue002NASA's iPhone\r\n",
+    "\u3000 \ufb01\u00bd e\u0301  ",
+    "\u200b",
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "transform", "lossless"),
+    [
+        (["--vocab-size", "300"], "escape", True),
+        (["--vocab-size", "310", "--caseops"], "caseops", True),
+        (["--tokenizer", "byte260"], "none", True),
+        (["--vocab-size", "300", "--published"], "none", False),
+    ],
+)
+def test_the_sidecar_adds_up_to_the_documents_for_every_tokenizer(
+    tmp_path: Path, arguments: list[str], transform: str, lossless: bool
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*AWKWARD, *DOCUMENTS])
+    manifest = build(tmp_path, "--name", "toy", *arguments, "--input", source, "--val-docs", "7")
+    assert (manifest["tokenizer"]["transform"], manifest["tokenizer"]["lossless"]) == (transform, lossless)
+    s = manifest["splits"]["val"]
+    texts = [text for text in [*AWKWARD, *DOCUMENTS[:2]] if lossless or text != "\u200b"]  # NFKC leaves nothing of it
+    assert (s["documents"], s["bytes"], s["text_sha256"]) == recount(texts)
+    assert s["dropped_documents"] == 7 - len(texts)
+    tokens, n_bytes = (read_split(tmp_path, f"fineweb_val_{kind}*.bin") for kind in ("0", "bytes_"))
+    starts = np.flatnonzero(tokens == 1)
+    assert np.add.reduceat(n_bytes.astype(np.int64), starts).tolist() == [len(text.encode()) for text in texts]
+    assert build_shards.check(tmp_path / "datasets" / "toy") == []
+
+
+def test_byte260_gives_the_published_ids(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*AWKWARD, *DOCUMENTS])
+    manifest = build(tmp_path, "--name", "toy", "--tokenizer", "byte260", "--input", source, "--val-docs", "5")
+    assert (manifest["tokenizer"]["file"], manifest["tokenizer"]["vocab_size"]) == ("byte260.model", 260)
+    for split, texts in (("val", AWKWARD), ("train", DOCUMENTS)):
+        expected = [i for text in texts for i in [1, *(4 + byte for byte in text.encode())]]
+        assert read_split(tmp_path, f"fineweb_{split}_0*.bin").tolist() == expected
+    assert (read_split(tmp_path, "fineweb_val_bytes_*.bin") == (read_split(tmp_path, "fineweb_val_0*.bin") != 1)).all()
+
+
+def test_a_copy_of_a_validation_document_in_other_spelling_is_dropped_from_train(tmp_path: Path) -> None:
+    """Blanks and Unicode composition do not make another document; case and punctuation do."""
+    val = ["The caf\u00e9\n\nis here.", DOCUMENTS[0]]
+    copies = ["  The cafe\u0301 is\there.\n", "The caf\u00e9 is here.", DOCUMENTS[0]]
+    others = ["the caf\u00e9 is here.", "The caf\u00e9 is here", *DOCUMENTS[1:]]
+    source = write_jsonl(tmp_path / "a.jsonl", [*val, *copies, *others])
+    manifest = build(tmp_path, *BUILD, "--input", source, "--val-docs", "2")
+    s = manifest["splits"]["train"]
+    assert s["overlap_documents"] == 3
+    assert (s["documents"], s["bytes"], s["text_sha256"]) == recount(others)
+    assert manifest["splits"]["val"]["documents"] == 2
+
+
+def test_50000_documents_are_held_out_by_default_and_max_docs_cuts_the_input(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{i}" for i in range(50_003)])
+    manifest = build(tmp_path, "--name", "toy", "--tokenizer", "byte260", "--input", source, "--max-docs", "50002")
+    assert manifest["val_docs"] == 50_000
+    assert manifest["splits"]["val"]["documents"] == 50_000
+    assert manifest["splits"]["train"]["documents"] == 2
+
+
+def test_a_line_of_50_mb_is_one_document(tmp_path: Path) -> None:
+    text = "the cat sat on a mat and then it ran off " * 1_250_000
+    source = write_jsonl(tmp_path / "a.jsonl", [text, "held out"])
+    val = write_jsonl(tmp_path / "val.jsonl", ["held out"])
+    model = tmp_path / "some.model"
+    model.write_bytes(train_tokenizer(DOCUMENTS, 300))
+    manifest = build(tmp_path, "--name", "toy", "--tokenizer", model, "--input", source, "--val", val)
+    assert manifest["splits"]["train"]["documents"] == 1
+    assert manifest["splits"]["train"]["bytes"] == len(text) > 50_000_000
+
+
+def test_a_killed_export_has_no_manifest_no_workers_and_is_done_again(tmp_path: Path) -> None:
+    """kill -9 while shards are being written over those of an earlier export."""
+    source = write_jsonl(tmp_path / "a.jsonl", [text * 400 for text in DOCUMENTS for _ in range(60)])
+    arguments = [*BUILD, "--val-docs", "5", "--shard-tokens", "20000", "--workers", "2", "--out", tmp_path]
+    folder = tmp_path / "datasets" / "toy"
+    build_shards.main([*map(str, arguments), "--input", str(write_jsonl(tmp_path / "b.jsonl", DOCUMENTS))])
+    assert (folder / "manifest.json").exists()
+    command = [sys.executable, build_shards.__file__, *arguments, "--input", source]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / "fineweb_train_000003.bin").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2 or not Path("/proc").exists()
+    process.kill()
+    process.wait()
+    assert not (folder / "manifest.json").exists()
+    assert build_shards.check(folder) != []
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (folder / ".fineweb_train_000004.bin.123.tmp").write_bytes(b"half")
+    manifest = build(tmp_path, *BUILD, "--val-docs", "5", "--input", tmp_path / "b.jsonl")
+    assert build_shards.check(folder) == []
+    listed = {name for s in manifest["splits"].values() for name in s["files"]}
+    assert {file.name for file in folder.iterdir()} == {*listed, "manifest.json"}
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that this one started (Linux; elsewhere none are seen)."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @needs_published
@@ -287,12 +333,125 @@ def test_the_published_tokenizer_gives_the_published_tokens(tmp_path: Path) -> N
     assert copy.read_bytes() == PUBLISHED.read_bytes()
 
 
+def wide_tokenizer(folder: Path) -> Path:
+    """A tokenizer that folds blanks, so that one of its tokens can stand for any number of bytes."""
+    path = folder / "folding.model"
+    path.write_bytes(tokenizer.train_published_tokenizer(DOCUMENTS, 300))
+    return path
+
+
 @needs_published
 def test_normalized_text_is_reported_as_lossy(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     manifest = build(tmp_path, "--name", "toy", "--input", source, "--val-docs", "5", "--tokenizer", PUBLISHED)
     assert manifest["tokenizer"]["lossless"] is False  # the documents hold newlines
     assert manifest["splits"]["val"]["bytes"] == sum(len(text.encode()) for text in DOCUMENTS[:5])
+
+
+# --- Check ---
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    build(out, *BUILD, "--input", write_jsonl(out / "a.jsonl", DOCUMENTS), "--val-docs", "5", "--shard-tokens", "200")
+    return out
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict], object]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rewrite_shard(folder: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change a shard together with its sha256, so that only what it holds is wrong."""
+    shards.write_shard(folder / name, edit(np.array(shards.read_shard(folder / name))))
+    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    split = name.split("_")[1]
+    edit_manifest(folder, lambda manifest: manifest["splits"][split]["files"].update({name: sha256}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit": (
+        lambda d: (d / "fineweb_train_000000.bin").write_bytes((d / "fineweb_val_000000.bin").read_bytes()),
+        "fineweb_train_000000.bin is not the file of the manifest",
+    ),
+    "lost shard": (lambda d: (d / "fineweb_val_000001.bin").unlink(), "fineweb_val_000001.bin is missing"),
+    "lost sidecar": (lambda d: (d / "fineweb_val_bytes_000000.bin").unlink(), "val_bytes_000000.bin is missing"),
+    "stray shard": (
+        lambda d: shards.write_shard(d / "fineweb_train_000099.bin", [1]),
+        "fineweb_train_000099.bin is not in the manifest",
+    ),
+    "lost manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json does not exist"),
+    "no manifest": (lambda d: (d / "manifest.json").write_text("[]"), "is not a manifest of data/build_shards.py"),
+    "other tokenizer": (
+        lambda d: (d.parents[1] / "tokenizers" / "toy_300_bpe.model").write_bytes(b"x"),
+        "toy_300_bpe.model is not the file of the manifest",
+    ),
+    "documents": (
+        lambda d: edit_manifest(d, lambda m: m["splits"]["train"].update(documents=24)),
+        "in its train split documents 25, but its manifest says 24",
+    ),
+    "bytes": (
+        lambda d: edit_manifest(d, lambda m: m["splits"]["val"].update(bytes=1)),
+        "but its manifest says 1",
+    ),
+    "other text": (
+        lambda d: rewrite_shard(
+            d, "fineweb_val_000000.bin", lambda ids: np.where(np.arange(ids.size) == 5, 4 + ord("~"), ids)
+        ),
+        "in its val split text_sha256",
+    ),
+    "other sums": (
+        lambda d: rewrite_shard(d, "fineweb_val_bytes_000000.bin", lambda n: n + (np.arange(n.size) == 3)),
+        "in its val split bytes",
+    ),
+    "short sidecar": (
+        lambda d: rewrite_shard(d, "fineweb_val_bytes_000000.bin", lambda n: n[:-1]),
+        "has byte sidecars that do not fit its shards",
+    ),
+    "lost tokens": (
+        lambda d: rewrite_shard(d, "fineweb_train_000001.bin", lambda ids: ids[:-1]),
+        "in its train split tokens",
+    ),
+    "unknown token": (
+        lambda d: rewrite_shard(
+            d, "fineweb_train_000001.bin", lambda ids: np.where(np.arange(ids.size) == 5, 300, ids)
+        ),
+        "has token 300, but the tokenizer has 300 pieces",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_check_finds_every_damage(tmp_path: Path, built: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "datasets" / "toy"
+    build_shards.main(["--check", str(folder)])
+    assert "is what its manifest says" in capsys.readouterr().out
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    assert message in message_of("--check", folder)
+
+
+def test_check_skips_what_a_downloaded_manifest_does_not_know(tmp_path: Path, built: Path) -> None:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "datasets" / "toy"
+
+    def forget(manifest: dict) -> None:
+        manifest["tokenizer"]["lossless"] = "unknown"
+        for split in manifest["splits"].values():
+            split.update(documents="unknown", bytes="unknown", text_sha256="unknown")
+
+    edit_manifest(folder, forget)
+    assert build_shards.check(folder) == []
+
+
+def test_check_gives_an_exit_status(tmp_path: Path, built: Path) -> None:
+    command = [sys.executable, build_shards.__file__, "--check"]
+    assert subprocess.run([*command, built / "datasets" / "toy"], capture_output=True, check=False).returncode == 0
+    assert subprocess.run([*command, tmp_path], capture_output=True, check=False).returncode == 1
 
 
 # --- Embedded corpus ---
@@ -313,15 +472,15 @@ def g():
 async def h():
     """Function at the end of the file."""
 '''
-    assert build_shards.module_docstrings(source.encode()) == (
+    assert documents.module_docstrings(source.encode()) == (
         "Module text of some length.\n\nFirst class, also long enough.\n\nMethod text,\n\nand more:\n    twice.\n\n"
         "Function at the end of the file."
     )
-    assert build_shards.module_docstrings(b"print 'python 2'") == ""
+    assert documents.module_docstrings(b"print 'python 2'") == ""
 
 
 def test_the_embedded_corpus_is_split_by_document_without_duplicates() -> None:
-    corpus = build_shards.embedded_corpus()
+    corpus = documents.embedded_corpus()
     train, val = list(corpus.train()), list(corpus.val())
     assert len({*train, *val}) == len(train) + len(val)
     n_val, n_train = (sum(len(text.encode()) for text in split) for split in (val, train))
@@ -351,7 +510,7 @@ def message_of(*arguments: str | Path) -> str:
         ("a.jsonl", b'{"text": "ok"}\n{"txt": "b"}\n', "a.jsonl line 2 has no string `text`"),
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl line 1 has no string `text`"),
         ("a.jsonl", b'"text"\n', "a.jsonl line 1 has no string `text`"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1 is not UTF-8 (byte 10)"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl line 1 holds half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8 (byte 3)"),
@@ -398,10 +557,16 @@ def test_a_missing_package_is_named_with_its_install_command(tmp_path: Path, pac
     [
         (["--input", "absent.jsonl", "--val-docs", "1", "--name", "toy"], "absent.jsonl does not exist"),
         (["--tokenizer", "absent.model", "--name", "toy"], "--tokenizer=absent.model does not exist"),
-        (["--input", "a.jsonl", "--name", "toy"], "--input needs --val FILE or --val-docs N"),
-        (["--input", "a.jsonl", "--val-docs", "-1", "--name", "toy"], "--input needs --val FILE or --val-docs N"),
-        (["--val", "a.jsonl"], "--val and --val-docs need --input FILE"),
+        (["--input", "a.jsonl", "--val-docs", "-1", "--name", "toy"], "--val-docs=-1 must be at least 1"),
+        (["--workers", "0"], "--workers=0 must be at least 1"),
+        (["--max-docs", "0"], "--max-docs=0 must be at least 1"),
+        (["--val", "a.jsonl"], "--val, --val-docs and --max-docs need --input FILE"),
+        (["--hub", "a/b", "--name", "toy", "--val", "a.jsonl"], "--val needs --input FILE: with --hub"),
+        (["--hub-config", "sample"], "--hub-config and --hub-revision need --hub REPO"),
+        (["--hub", "a/b"], "need --name NAME"),
         (["--input", "a.jsonl", "--val-docs", "1"], "need --name NAME"),
+        (["--published", "--caseops"], "--published trains its own tokenizer"),
+        (["--tokenizer", "byte260", "--name", "toy", "--caseops"], "has no pieces for the operators of --caseops"),
         (["--name", "../up"], "--name='../up' must be a folder name"),
         (["--shard-tokens", "0"], "--shard-tokens=0 must be in 1..2147483647"),
         (["--vocab-size", "200"], "--vocab-size=200 must be in 261..65536"),
@@ -435,8 +600,8 @@ def test_another_tokenizer_of_the_same_name_is_not_replaced(tmp_path: Path) -> N
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     old = tmp_path / "tokenizers" / "toy.model"
     old.parent.mkdir()
-    old.write_bytes(build_shards.train_tokenizer(DOCUMENTS, 290))
+    old.write_bytes(train_tokenizer(DOCUMENTS, 290))
     new = tmp_path / "toy.model"
-    new.write_bytes(build_shards.train_tokenizer(DOCUMENTS, 300))
+    new.write_bytes(train_tokenizer(DOCUMENTS, 300))
     arguments = ["--name", "toy", "--input", source, "--val-docs", "1", "--tokenizer", new, "--out", tmp_path]
     assert f"{old} exists and differs from {new}" in message_of(*arguments)

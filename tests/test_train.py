@@ -418,7 +418,7 @@ def test_model_of_one_layer_is_trained_saved_and_scored(run_script):
         ({"DATA_PATH": "nowhere"}, "DATA_PATH='nowhere' .*build_shards.py"),
         (
             {"DATA_PATH": "nowhere", "TOKENIZER_PATH": "nowhere"},
-            "DATA_PATH='nowhere' .*build_shards.py.*build_shards.py",
+            "DATA_PATH='nowhere' .*download.py.*build_shards.py",
         ),
         ({"BETA1": "1.5"}, "BETA1=1.5 must be from 0 to"),
         ({"EVAL_ARTIFACT": "nowhere"}, "'nowhere' does not exist"),

@@ -1,0 +1,381 @@
+"""Tokenizers: every text comes back, every byte of it is counted once, and speed does not change a single token."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import tokenizer as tk
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizer import Tokenizer
+from transforms import OPERATORS
+
+import train_gpt
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PUBLISHED = SHARED / "tokenizers" / "fineweb_1024_bpe.model"
+needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED} is absent")
+
+SENTENCE = "The cat sat on a mat and THEN it ran off with 12 caf\u00e9s\n\n    to be: (well) seen Again.\n"
+WORDS = SENTENCE.split(" ")
+DOCUMENTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) + f" number {i}" for i in range(30)]
+KINDS = ["lossless", "caseops", "bytes", pytest.param("published", marks=needs_published)]
+FOREIGN = ["foreign caseops", "foreign punctuated"]
+LOSSLESS = ["lossless", "caseops", "bytes"]
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))  # UTF-8 has no surrogates
+awkward_text = st.text(
+    st.sampled_from(
+        " \n\t\r\0abA1Qs_(\u2019\u00e9\u00bd\u2047\u2581\u2585\u3000\uff21\ufb01\ufeff\U0001f642\u0301\u00ad\u200b"
+        + OPERATORS
+    )
+)
+wordy_text = st.lists(st.sampled_from([*WORDS, "", "\u2581", "\ue004", "\u0301", "\u0915\u093f"])).map(" ".join)
+texts = st.one_of(any_text, awkward_text, wordy_text)
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    models = {
+        "lossless": tk.train_tokenizer(DOCUMENTS, 320),
+        "caseops": tk.train_tokenizer(DOCUMENTS, 320, caseops=True),
+        "bytes": tk.byte_model(),
+    }
+    if PUBLISHED.exists():
+        models["published"] = PUBLISHED.read_bytes()
+    found = {kind: Tokenizer(model, Path(f"{kind}.model")) for kind, model in models.items()}
+    punctuated = {"split_by_unicode_script": False, "normalization_rule_name": "identity", "add_dummy_prefix": False}
+    return found | {
+        "foreign caseops": foreign_tokenizer(byte_fallback=True, user_defined_symbols=list(OPERATORS)),
+        "foreign punctuated": foreign_tokenizer(byte_fallback=True, **punctuated, remove_extra_whitespaces=False),
+    }
+
+
+def foreign_tokenizer(**options: Any) -> Tokenizer:
+    """One that another tool could have trained."""
+    model = io.BytesIO()
+    defaults = {"model_type": "bpe", "vocab_size": 320, "hard_vocab_limit": False, "minloglevel": 2}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS), model_writer=model, **{**defaults, **options})
+    return Tokenizer(model.getvalue(), Path("foreign.model"))
+
+
+def plain_encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.sp.encode(tokenizer.transform.encode(text))
+
+
+# --- Training ---
+
+
+def test_a_tokenizer_is_lossless_even_where_the_training_text_has_no_space() -> None:
+    """Spelt in bytes, a space would decode to U+2581."""
+    model = tk.train_tokenizer(["".join(chr(97 + i * i * i % 26) for i in range(999))], 280)
+    tokenizer = Tokenizer(model, Path("toy.model"))
+    assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b "
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_special_ids_and_byte_pieces(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    sp = tokenizers[kind].sp
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+    assert sum(sp.is_byte(i) for i in range(sp.get_piece_size())) == 256
+
+
+def test_the_operators_are_pieces_of_their_own(tokenizers: dict[str, Tokenizer]) -> None:
+    sp = tokenizers["caseops"].sp
+    assert [sp.id_to_piece(i) for i in range(4, 8)] == list(OPERATORS)
+    assert not any(set(OPERATORS) & set(sp.id_to_piece(i)) for i in range(8, sp.get_piece_size()))
+    assert tokenizers["caseops"].encode("NASA")[0] == 5
+    assert list(tokenizers["caseops"].encode("The mat The")).count(4) == 2
+
+
+@pytest.mark.parametrize("awkward", ["", "\t", "\0", "\u2581", "\u2585", "\ue004", "\r\n"])
+def test_no_length_and_no_character_keeps_a_document_from_the_tokenizer(awkward: str) -> None:
+    """One file may hold one long document: the trainer must not skip it."""
+    letters = [chr(97 + i * i * i % 7 + i % 3) + " " * (i % 5 == 0) for i in range(10_000)]
+    model = tk.train_tokenizer(["".join(letters) + 2000 * awkward], 300)
+    assert Tokenizer(model, Path("toy.model")).sp.get_piece_size() == 300
+
+
+def test_a_large_alphabet_leaves_room_for_merges() -> None:
+    rare = "".join(map(chr, range(0x4E00, 0x5E00)))
+    tokenizer = Tokenizer(tk.train_tokenizer([*DOCUMENTS, rare], 400), Path("toy.model"))
+    sp = tokenizer.sp
+    assert sum(len(sp.id_to_piece(i)) > 1 and not sp.is_byte(i) for i in range(4, 400)) > 50
+    assert tokenizer.decode(tokenizer.encode(rare)) == rare
+
+
+def test_the_smallest_vocabulary_spells_text_in_bytes() -> None:
+    tokenizer = Tokenizer(tk.train_tokenizer(DOCUMENTS, 261), Path("toy.model"))
+    assert tokenizer.decode(tokenizer.encode(DOCUMENTS[7])) == DOCUMENTS[7]
+    assert len(tokenizer.encode(DOCUMENTS[7])) == len(DOCUMENTS[7].encode())
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=60), limit=st.integers(1, 500))
+def test_the_training_sample_is_evenly_spaced_and_bounded(lengths: list[int], limit: int) -> None:
+    documents = [chr(256 + i) * n for i, n in enumerate(lengths)]
+    sample = tk.sample_documents(documents, limit)
+    assert len(sample) <= 1 or sum(map(len, sample)) <= limit
+    strides = [2**k for k in range(8)]
+    assert sample == [] or sample in [documents[::stride] for stride in strides]
+
+
+@needs_published
+def test_published_settings_are_those_of_the_published_model() -> None:
+    """Read from the model file of the publishers. Left out: the table of NFKC, which varies by version."""
+    ours = tk.train_published_tokenizer(DOCUMENTS, 300)
+    fields = []
+    for model in (ours, PUBLISHED.read_bytes()):
+        parts = dict(tk.read_message(model))
+        varying = (1, 2, 4, 16)  # input, output, size of the vocabulary, threads
+        trainer = {k: v for k, v in tk.read_message(parts[tk.TRAINER]) if k not in varying}
+        fields.append((trainer, {k: v for k, v in tk.read_message(parts[tk.NORMALIZER]) if k != 2}))
+    assert fields[0][1] == fields[1][1]
+    assert fields[0][0] == fields[1][0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_file_is_read_and_written_without_loss(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    model = tokenizers[kind].model
+    assert tk.write_message(tk.read_message(model)) == model
+
+
+def test_settings_are_read_from_the_model(tokenizers: dict[str, Tokenizer]) -> None:
+    lossless = tokenizers["lossless"].settings
+    assert (lossless["model_type"], lossless["normalization"], lossless["byte_fallback"]) == ("bpe", "identity", True)
+    assert not lossless["remove_extra_whitespaces"]
+    if "published" in tokenizers:
+        published = tokenizers["published"].settings
+        assert (published["normalization"], published["character_coverage"]) == ("nmt_nfkc", 0.999)
+        assert published["remove_extra_whitespaces"]
+        assert published["rewrites_characters"]
+
+
+# --- Round trips ---
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+@example(text=" \n\n   \t\0 ")
+@example(text="\u2585\ufeff\U0010ffff\u2581\ue004s\ue004")
+def test_every_text_comes_back(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(deadline=None)
+@given(text=texts)
+def test_byte260_ids_are_4_plus_byte(tokenizers: dict[str, Tokenizer], text: str) -> None:
+    """In SentencePiece itself too, which is what reads the model elsewhere."""
+    expected = [4 + byte for byte in text.encode()]
+    assert tokenizers["bytes"].encode(text).tolist() == expected
+    assert tokenizers["bytes"].sp.encode(text) == expected
+    assert tokenizers["bytes"].sp.get_piece_size() == 260
+
+
+@pytest.mark.parametrize(("kind", "name"), [("lossless", "escape"), ("caseops", "caseops"), ("bytes", "none")])
+def test_the_model_tells_its_transform(tokenizers: dict[str, Tokenizer], kind: str, name: str) -> None:
+    assert tokenizers[kind].transform.name == name
+
+
+@needs_published
+def test_a_published_model_gets_the_text_as_it_is(tokenizers: dict[str, Tokenizer]) -> None:
+    assert tokenizers["published"].transform.name == "none"
+
+
+# --- Speed ---
+
+
+def test_words_are_as_short_as_the_pieces_allow(tokenizers: dict[str, Tokenizer]) -> None:
+    """A tokenizer with pieces like "mat." needs words that end at a space only."""
+    sp = tokenizers["foreign punctuated"].sp
+    assert any(re.fullmatch(r"\u2581?\w+[.):]+", sp.id_to_piece(i)) for i in range(300))
+    cached = tokenizers["foreign punctuated"].words
+    assert cached is not None
+    assert cached.split("The mat. It") == ["The", " mat.", " It"]
+    cached = tokenizers["foreign caseops"].words
+    assert cached is not None
+    assert cached.split("The mat. It") == ["The", " mat", ".", " It"]
+
+
+@pytest.mark.parametrize("kind", KINDS + FOREIGN)
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+@example(text="  The  cat   ")
+@example(text="\u2581\u2581 a\u2581b \u2581")
+@example(text=" \u0301a \u0308 \u093f \u200b ")
+def test_cached_words_give_the_tokens_of_sentencepiece(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.words is not None
+    assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
+
+
+@needs_published
+@pytest.mark.parametrize("name", ["fineweb_1024_bpe", "fineweb_8192_bpe", "lossless", "caseops"])
+def test_cached_words_give_the_tokens_of_sentencepiece_on_real_text(
+    tokenizers: dict[str, Tokenizer], name: str
+) -> None:
+    path = SHARED / "tokenizers" / f"{name}.model"
+    tokenizer = Tokenizer(path.read_bytes(), path) if path.exists() else tokenizers[name]
+    assert tokenizer.words is not None
+    lines = (SHARED / "web-real" / "commoncrawl_misc.jsonl").open(encoding="utf-8")
+    for text in (json.loads(line)["text"] for line in lines):
+        assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
+
+
+def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
+    """Nor is one without byte fallback, where unknown neighbours become one token."""
+    for options in (
+        {"split_by_whitespace": False, "byte_fallback": True},
+        {"treat_whitespace_as_suffix": True, "byte_fallback": True},
+        {"byte_fallback": False},
+        {"byte_fallback": True, "model_type": "unigram"},
+    ):
+        tokenizer = foreign_tokenizer(**options)
+        assert tokenizer.words is None
+        assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_are_cached_one_by_one(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    """Spaces go with what is behind them, punctuation apart; a normalizing tokenizer folds them first."""
+    tokenizer = Tokenizer(tokenizers[kind].model, Path("toy.model"))
+    tokenizer.encode("The cat (sat) on  The cat's \u201cmat\u201d ")
+    assert tokenizer.words is not None
+    expected = {"The", " cat", " (", "sat", ")", " on", "'", "s", " \u201c", "mat", "\u201d"}
+    assert set(tokenizer.words) == expected | ({" The"} if kind == "published" else {"  The", " "})
+
+
+def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tk, "CACHED_WORDS", 5)
+    monkeypatch.setattr(tk, "LONGEST_CACHED_WORD", 6)
+    tokenizer = Tokenizer(tokenizers["lossless"].model, Path("toy.model"))
+    assert tokenizer.words is not None
+    for text in DOCUMENTS:
+        assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
+        assert len(tokenizer.words) <= 5
+        assert all(len(word) <= 6 for word in tokenizer.words)
+
+
+def test_a_tokenizer_travels_to_another_process(tokenizers: dict[str, Tokenizer]) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizers["caseops"]))
+    assert copy.encode(SENTENCE).tolist() == tokenizers["caseops"].encode(SENTENCE).tolist()
+
+
+# --- Source bytes ---
+
+
+@pytest.mark.parametrize("kind", KINDS + FOREIGN)
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+@example(text="  a\n\nb  ")
+@example(text="\u00bd\uff21\ufb01")
+def test_source_bytes_add_up_to_the_text(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    """Also where the tokenizer folds or rewrites it, and where the transform adds operators."""
+    tokenizer = tokenizers[kind]
+    ids, n_bytes = tokenizer.encode_with_bytes(text)
+    assert ids.tolist() == plain_encode(tokenizer, text)
+    assert n_bytes.shape == ids.shape
+    assert (n_bytes >= 0).all()
+    assert n_bytes.sum() == (len(text.encode()) if ids.size else 0)
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@settings(max_examples=150, deadline=None)
+@given(text=texts.filter(lambda text: not set(OPERATORS + "\u2581") & set(text)))
+def test_source_bytes_of_a_lossless_tokenizer_are_those_of_its_pieces(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
+    """Independent count: a byte piece is one byte, an operator none, and any other piece its own UTF-8 length."""
+    sp = tokenizers[kind].sp
+    ids, n_bytes = tokenizers[kind].encode_with_bytes(text)
+    pieces = [sp.id_to_piece(int(i)).replace("\u2581", " ") for i in ids]
+    expected = [
+        1 if sp.is_byte(int(i)) else 0 if piece in OPERATORS else len(piece.encode())
+        for i, piece in zip(ids, pieces, strict=True)
+    ]
+    assert n_bytes.tolist() == expected
+
+
+def test_an_escape_counts_for_the_character_it_carries(tokenizers: dict[str, Tokenizer]) -> None:
+    ids, n_bytes = tokenizers["caseops"].encode_with_bytes("\u2581\ue001 A")
+    pieces = [tokenizers["caseops"].sp.id_to_piece(int(i)) for i in ids]
+    assert pieces[0] == "\ue004"
+    assert pieces[-2:] == ["\ue001", "a"]
+    assert n_bytes.tolist()[-2:] == [0, 1]
+    assert n_bytes[0] == 0
+    assert n_bytes.sum() == 8
+
+
+@needs_published
+def test_folded_bytes_count_for_a_token_beside_them(tokenizers: dict[str, Tokenizer]) -> None:
+    ids, n_bytes = tokenizers["published"].encode_with_bytes("a  \n b  ")
+    pieces = [tokenizers["published"].sp.id_to_piece(int(i)) for i in ids]
+    assert list(zip(pieces, n_bytes.tolist(), strict=True)) == [("a", 1), ("\u2581b", 7)]
+
+
+# --- The two accountings ---
+
+
+def both_accountings(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
+    """Bytes of a document by the sidecar, and by the published rule (train_gpt.piece_bytes)."""
+    ids, n_bytes = tokenizer.encode_with_bytes(text)
+    document = np.concatenate([[tokenizer.sp.bos_id()], ids]).astype(np.uint16)
+    return int(n_bytes.sum()), int(train_gpt.piece_bytes(tokenizer.sp, document).sum())
+
+
+@needs_published
+@pytest.mark.parametrize(
+    ("text", "surplus"),
+    [
+        ("Plain text, one space between words.", 0),
+        ("caf\u00e9 \u6771\u4eac \U0001f642", 0),  # composed characters, also those that only byte pieces spell
+        (" a leading space", 1),
+        ("two  spaces", 1),
+        ("a line\nanother", 0),  # the newline became a space
+        ("a paragraph\n\nanother  ", 3),
+        ("\uff21", 2),  # a full-width A is a plain one afterwards
+        ("\u00bd", -3),  # one half of 2 bytes becomes "1", a fraction slash, "2" of 5
+        ("\ufb01", 1),  # the ligature fi
+        ("e\u0301", 1),  # composed to 2 bytes
+        ("a\u200bb", 2),  # a zero-width space becomes a plain one
+        ("\u200b", 3),  # no token is left, and the export drops the document
+    ],
+)
+def test_where_the_published_accounting_agrees_with_the_sidecar(
+    tokenizers: dict[str, Tokenizer], text: str, surplus: int
+) -> None:
+    """The published rule counts the bytes of the normalised text; `surplus` is what it misses of the source."""
+    sidecar, pieces = both_accountings(tokenizers["published"], text)
+    assert sidecar == (len(text.encode()) if pieces else 0)
+    assert len(text.encode()) - pieces == surplus
+
+
+@pytest.mark.parametrize("text", ["two words", " a leading space", "caf\u00e9 \u6771", "one\n\ntwo"])
+def test_a_lossless_tokenizer_differs_from_the_published_accounting_in_a_leading_space_only(text: str) -> None:
+    """Without whitespace-only pieces, which train_gpt.piece_bytes refuses."""
+    tokenizer = foreign_tokenizer(
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+    )
+    sidecar, pieces = both_accountings(tokenizer, text)
+    assert sidecar == len(text.encode())
+    assert sidecar - pieces == text.startswith(" ")
+
+
+@needs_published
+def test_what_the_published_accounting_misses_of_corpus_val(tokenizers: dict[str, Tokenizer]) -> None:
+    """Above all the second newline between paragraphs. Its bpb is that much too high."""
+    lines = (SHARED / "corpus_val.jsonl").open(encoding="utf-8")
+    counts = np.array([both_accountings(tokenizers["published"], json.loads(line)["text"]) for line in lines])
+    assert counts.sum(axis=0).tolist() == [3_034_930, 3_025_499]  # bytes of the text; 0.31 % less

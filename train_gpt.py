@@ -1250,7 +1250,7 @@ def report(
     log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
     log0(f"ledger {key_values(seconds)} counted:seconds_train")
     shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
-    log0(key_values({key: record[key] for key in shown if key in record}))
+    log0(key_values({key: round(record[key], 4) for key in shown if key in record}))
     log0(f"Serialized model int8+zlib: {bytes_artifact} bytes")
     log0(f"Code size: {bytes_code} bytes")
     log0(f"Total submission size int8+zlib: {bytes_total} bytes")

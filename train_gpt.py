@@ -860,7 +860,7 @@ def stored_bytes(kind: str, shape: list[int]) -> int:
 
 def pack_artifact(model: GPT) -> bytes:
     """The whole file for a model: its config and its quantized weights."""
-    state, table, payload = model.state_dict(), tensor_table(model), b""
+    state, table, payload = model.state_dict(), tensor_table(model), bytearray()
     for name, kind, _ in table:
         w = state[name].detach().float().cpu()
         fine = bool((w.abs() < 127 * 65_000).all())  # also false for NaN; the scale must fit a float16
@@ -889,8 +889,9 @@ def read_header(path: Path, text: bytes) -> tuple[GPT, int]:
             model = GPT(GPTConfig(**header["config"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has a header that describes no model ({error!s:.600})") from None
-    size = sum(stored_bytes(kind, shape) for _, kind, shape in tensor_table(model))
-    fits = header.get("tensors") == tensor_table(model) and header.get("payload_bytes") == size
+    table = tensor_table(model)
+    size = sum(stored_bytes(kind, shape) for _, kind, shape in table)
+    fits = header.get("tensors") == table and header.get("payload_bytes") == size
     require(fits, f"{path} has a tensor table that does not fit its config: make it again")
     require(size < 4 * MAX_PARAMETERS, f"{path} describes {size} bytes of weights, more than any artifact holds")
     require(model.config.eval_seq_len > 0, f"{path} has no EVAL_SEQ_LEN in its config: make it again")

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
-from documents import Corpus, embedded_corpus, file_corpus, file_digest, fingerprint, hub_corpus
+from documents import Corpus, embedded_corpus, file_corpus, file_digest, fingerprint, framed, hub_corpus
 from shards import MAX_TOKENS, SHARD_TOKENS, read_shard, write_shard, write_whole
 from tokenizer import (
     SPECIAL_PIECES,
@@ -195,9 +195,8 @@ def encode_split(encoder: Encoder, documents: Iterable[str], workers: int, figur
         for text, fate in zip(texts, encoded.fates, strict=True):
             figures[fate] += 1
             if fate == "documents":
-                raw = text.encode()
-                text_hash.update(len(raw).to_bytes(8, "little") + raw)
-                figures["bytes"] += len(raw)
+                text_hash.update(framed(text))
+                figures["bytes"] += len(text.encode())
         figures["tokens"] += encoded.tokens.shape[1]
         figures["lossless"] &= encoded.lossless
         yield encoded.tokens
@@ -278,8 +277,7 @@ def count_split(folder: Path, names: list[str], tokenizer: Tokenizer | None, los
     if tokenizer and lossless:
         ids, text_hash = np.concatenate(shards), hashlib.sha256()
         for document in np.split(ids, np.flatnonzero(ids == bos_id))[1:]:
-            raw = tokenizer.decode(document[1:]).encode()
-            text_hash.update(len(raw).to_bytes(8, "little") + raw)
+            text_hash.update(framed(tokenizer.decode(document[1:])))
         found["text_sha256"] = text_hash.hexdigest()
     return found
 
@@ -372,7 +370,8 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
         "train": build_split(folder, corpus.train(), train, args.shard_tokens, args.workers),
         "val": build_split(folder, corpus.val(), val, args.shard_tokens, args.workers),
     }
-    lossless = [s.pop("lossless") for s in splits.values()][1]  # measured on val only
+    splits["train"].pop("lossless")  # measured on val only
+    lossless = splits["val"].pop("lossless")
     manifest = {
         "format": 1,
         "name": name,

@@ -40,6 +40,12 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def framed(text: str) -> bytes:
+    """What the `text_sha256` of a manifest hashes for each document: 8 bytes with the length of its UTF-8, and that."""
+    raw = text.encode()
+    return len(raw).to_bytes(8, "little") + raw
+
+
 def fingerprint(text: str) -> bytes:
     """Equal for texts that differ only in blanks and in Unicode composition; to keep val documents out of train."""
     return digest(" ".join(unicodedata.normalize("NFC", text).split()))

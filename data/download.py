@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import sentencepiece as spm
+from documents import file_digest
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -102,11 +103,10 @@ def human(n_bytes: int) -> str:
 # --- Files here ---
 
 
-def file_digest(path: Path, kind: str) -> str:
+def item_digest(path: Path, kind: str) -> str:
     """The digest of a file as an Item has it; `kind` is sha256 or git."""
     if kind == "sha256":
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"sha256:{file_digest(path)}"
     content = path.read_bytes()
     blob = b"blob %d\0" % len(content) + content
     return f"git:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"
@@ -134,7 +134,7 @@ class Store:
         stamp = [stat.st_size, stat.st_mtime_ns, item.digest]
         if self.seen.get(item.path) == stamp and not self.rehash:
             return True
-        if stat.st_size != item.size or file_digest(path, item.digest.partition(":")[0]) != item.digest:
+        if stat.st_size != item.size or item_digest(path, item.digest.partition(":")[0]) != item.digest:
             return False
         self.seen[item.path] = stamp
         return True
@@ -248,7 +248,7 @@ def fetch(source: Source, item: Item, part: Path, bar: tqdm) -> None:
 
     for _ in range(2):  # the first content may be what became of the part of an earlier call
         with_retries(f"{remote} of {source.repo}", continue_part)
-        digest = file_digest(part, item.digest.partition(":")[0])
+        digest = item_digest(part, item.digest.partition(":")[0])
         if digest == item.digest:
             return
         discard()
@@ -389,7 +389,7 @@ def describe_tokenizer(path: Path) -> tuple[dict[str, Any], int]:
 
     A text that does not come back proves it lossy; only the documents, which are not here, could prove the contrary.
     """
-    entry: dict[str, Any] = {"file": path.name, "sha256": file_digest(path, "sha256").partition(":")[2]}
+    entry: dict[str, Any] = {"file": path.name, "sha256": file_digest(path)}
     if path.suffix != ".model":
         vocab_size = read_json(path).get("vocab_size", "unknown")
         return {**entry, "vocab_size": vocab_size, "lossless": "unknown"}, DEFAULT_BOS
@@ -429,7 +429,7 @@ def write_manifest(store: Store, source: Source, dataset: str, items: list[Item]
         for item in items:
             if item.split.startswith(split):
                 kind, _, sha256 = item.digest.partition(":")
-                files[item.name] = sha256 if kind == "sha256" else file_digest(folder / item.name, "sha256")[7:]
+                files[item.name] = sha256 if kind == "sha256" else file_digest(folder / item.name)
         theirs = published.get("splits", {}).get(split, {})
         countable = bos_id if split == "val" else None  # train is too long to be read through
         splits[split] = describe_split(folder, files, countable, theirs)

@@ -16,9 +16,7 @@ import numpy.typing as npt
 import sentencepiece as spm
 from transforms import OPERATORS, SPACE_MARK, TRANSFORMS, Transform, source_offsets
 
-UNTRAINABLE = (
-    OPERATORS + SPACE_MARK + "\u2585"
-)  # the last stands for the unknown: the trainer skips a text that holds it
+UNTRAINABLE = OPERATORS + SPACE_MARK + "\u2585"  # the last is the trainer's unknown: it skips a text that holds it
 CHAR_COVERAGE = 0.9995  # of the training text; what is rarer is not worth a piece
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces of a trained tokenizer
 TOKENIZER_TEXT_CHARS = 32_000_000  # more text moves the merges of a small vocabulary little

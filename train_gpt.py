@@ -1,7 +1,7 @@
 """Train a small GPT under a hard size limit and score it in bits per byte (bpb), all in this one file.
 
     PRESET=smoke python train_gpt.py                            a laptop, two minutes (README: its data is one command)
-    python train_gpt.py                                         one GPU, or a CPU
+    python train_gpt.py                                         one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
     EVAL_ARTIFACT=final_model.int8.ptz python train_gpt.py      score an artifact again, without training
 
@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,10 +41,10 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import sentencepiece as spm
@@ -62,12 +64,21 @@ Log = Callable[[str], None]
 # ----------------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
+    # The recipe of this project, for 8 GPUs: the defaults below. As int8 + zlib its weights exceed the limit twice.
+    "record": "",
     # The published baseline of the challenge: 17,059,912 parameters, about 15.9 MB as int8 + zlib.
-    "baseline": "",
+    "baseline": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
+    "VOCAB_SIZE=1024 NUM_LAYERS=9 MLP_MULT=2 LEAKY_RELU_SLOPE=0 ROPE_DIMS=0 LN_SCALE=0 XSA_LAST_N=0 "
+    "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0 SKIP_GATES_ENABLED=0 PARALLEL_START_LAYER=0 NUM_LOOPS=0 "
+    "DOCUMENT_MASKS=0 EVAL_METHOD=flat TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 "
+    "SHUFFLE=0 MIN_LR=0 EMA_DECAY=0 GRAD_CLIP_NORM=0 QK_GAIN_INIT=1.5 MATRIX_LR=0.04 SCALAR_LR=0.04 "
+    "TIED_EMBED_LR=0.05 MUON_WD=0 EMBED_WD=0 ADAM_WD=0 BETA2=0.95 MUON_ROW_NORMALIZE=0 POLAR_EXPRESS=0 "
+    "MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500",
     # A first run on any machine, on text that `python data/build_shards.py` makes without a download.
     "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
-    "NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 "
-    "ITERATIONS=300 WARMDOWN_ITERS=150 MAX_WALLCLOCK_SECONDS=90 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=20",
+    "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
+    "TRAIN_BATCH_TOKENS=2048 ITERATIONS=600 MAX_WALLCLOCK_SECONDS=90 EMA_DECAY=0.97 MUON_MOMENTUM_WARMUP_STEPS=100 "
+    "VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=20",
 }
 
 
@@ -75,30 +86,50 @@ PRESETS = {
 class GPTConfig:
     """What the weights mean. Stored in the artifact: it suffices to rebuild the model and to score it."""
 
-    vocab_size: int = 1024
-    num_layers: int = 9
+    vocab_size: int = 8192
+    num_layers: int = 11
     model_dim: int = 512
     num_heads: int = 8
     num_kv_heads: int = 4  # below num_heads: grouped-query attention
-    mlp_mult: int = 2  # hidden width of the MLP / model_dim
+    mlp_mult: int = 4  # hidden width of the MLP / model_dim
+    leaky_relu_slope: float = 0.5  # of the MLP below 0, before squaring; 0: relu
     tie_embeddings: bool = True  # the output matrix is the embedding
     rope_base: float = 10_000.0
+    rope_dims: int = 16  # channels of a head that carry its position; 0: all
     logit_softcap: float = 30.0  # logits stay within +-logit_softcap
+    ln_scale: bool = True  # layer i reads its normalised inputs times 1 / sqrt(i + 1)
+    xsa_last_n: int = 11  # last layers with exclusive self attention (drop_own_value)
+    sparse_attn_gate_enabled: bool = True  # a gate per head and token on the output of attention
+    smear_gate_enabled: bool = True  # a gate blends the previous token's embedding in
+    skip_gates_enabled: bool = True  # a gate per channel between stream and skip connection
+    parallel_start_layer: int = 8  # from here on attention and MLP have residual streams of their own; 0: nowhere
+    num_loops: int = 2  # extra passes through layers loop_start .. loop_end
+    loop_start: int = 3
+    loop_end: int = 5
+    document_masks: bool = True  # attention stays inside a document
 
     bos_id: int = 1  # starts every document
+    eval_method: str = "document"  # windows start with every document, or cut the split as one text: flat
     eval_seq_len: int = 0  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
-    eval_stride: int = 0  # targets scored per window; 0 means eval_seq_len, that is windows without overlap
+    eval_stride: int = 0  # targets per window of a longer text; 0 means eval_seq_len, that is windows without overlap
     compute_dtype: str = "auto"  # of activations: bfloat16, float32, or what the hardware is good at; set by the run
     tokenizer_sha256: str = ""  # set by the run
 
-    document_masks: ClassVar[bool] = False  # attention looks across documents
-
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, kv_heads, stride = self.num_heads, self.num_kv_heads, self.eval_stride
+        heads, kv_heads, stride, layers = self.num_heads, self.num_kv_heads, self.eval_stride, self.num_layers
         require(heads % kv_heads == 0, f"NUM_HEADS={heads} must be a multiple of NUM_KV_HEADS={kv_heads}")
         even = f"MODEL_DIM={self.model_dim} must be a multiple of 2 * NUM_HEADS={2 * heads}: RoPE rotates channel pairs"
         require(self.model_dim % (2 * heads) == 0, even)
+        pairs = self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim
+        require(pairs, f"ROPE_DIMS={self.rope_dims} must be even and at most MODEL_DIM / NUM_HEADS = {self.head_dim}")
+        looped = f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} must name layers in order"
+        fits = self.num_loops == 0 or self.loop_start <= self.loop_end < layers
+        require(fits, f"{looped} below NUM_LAYERS={layers}: set them, or NUM_LOOPS=0")
+        lanes = f"PARALLEL_START_LAYER={self.parallel_start_layer} must not lie inside the loop: move it or the loop"
+        require(not self.num_loops or not self.loop_start < self.parallel_start_layer <= self.loop_end, lanes)
+        passes = len(self.layer_order(looping=True))
+        require(passes <= 256, f"NUM_LOOPS={self.num_loops} makes {passes} passes through layers: at most 256")
         require(self.bos_id < self.vocab_size, f"BOS_ID={self.bos_id} must be below VOCAB_SIZE={self.vocab_size}")
         fits = stride <= self.eval_seq_len or self.eval_seq_len == 0
         require(fits, f"EVAL_STRIDE={stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
@@ -107,20 +138,23 @@ class GPTConfig:
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
-    @property
-    def eval_method(self) -> str:
-        return "sliding" if 0 < self.eval_stride < self.eval_seq_len else "flat"
+    def layer_order(self, looping: bool) -> list[int]:
+        """The layers in the order of execution."""
+        order, loop = list(range(self.num_layers)), list(range(self.loop_start, self.loop_end + 1))
+        if self.num_loops and looping:
+            return order[: self.loop_start] + loop * self.num_loops + order[self.loop_start :]
+        return order
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """How the weights are found and where files lie. Logged, not stored in the artifact."""
 
-    preset: str = "baseline"
+    preset: str = "record"
     run_id: str = ""  # empty: a new uuid4
     seed: int = 1337
-    data_path: str = "./data/datasets/fineweb10B_sp1024"  # holds fineweb_{train,val}_*.bin
-    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    data_path: str = "./data/datasets/fineweb10B_sp8192"  # holds fineweb_{train,val}_*.bin
+    tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
     out_dir: str = "logs"
     artifact_dir: str = "."
     eval_artifact: str = ""  # score this file and stop
@@ -128,13 +162,18 @@ class Hyperparameters:
     compile: str = "auto"  # 1, 0, or auto: on where CUDA or a C++ compiler is found
 
     # one step: train_batch_tokens / train_seq_len sequences, dealt to the ranks, each rank's in micro-batches
-    train_batch_tokens: int = 524_288
-    train_seq_len: int = 1024
+    train_batch_tokens: int = 786_432
+    train_seq_len: int = 2048
+    shuffle: bool = True  # sequences of the train split in random order; 0: as they lie
     micro_batch_tokens: int = 0  # per rank and forward pass; 0: found
     iterations: int = 20_000
-    warmdown_iters: int = 1200  # the learning rate falls to zero over the last steps
+    warmdown_frac: float = 0.85  # part of the run, at its end, over which the learning rate falls linearly
+    warmdown_iters: int = 0  # the same in steps; above 0 it replaces warmdown_frac
+    min_lr: float = 0.1  # where it ends, as a part of the base rate
     warmup_steps: int = 20  # steps to compile on before the clock starts, undone afterwards; a CPU takes one
     max_wallclock_seconds: float = 600.0  # of training; 0: no limit
+    enable_looping_at: float = 0.35  # part of the run after which layers are looped
+    ema_decay: float = 0.9965  # per step, of the average of the weights that is stored; 0: the last weights are
 
     val_batch_size: int = 524_288  # tokens per evaluation step over all ranks, at most
     val_loss_every: int = 1000  # steps; 0: only at the end
@@ -142,20 +181,25 @@ class Hyperparameters:
     train_log_every: int = 200
 
     tied_embed_init_std: float = 0.005
-    qk_gain_init: float = 1.5
+    qk_gain_init: float = 5.0
     embed_lr: float = 0.6  # untied embedding
     head_lr: float = 0.008  # untied output matrix
-    tied_embed_lr: float = 0.05
-    matrix_lr: float = 0.04
-    scalar_lr: float = 0.04
-    muon_momentum: float = 0.95
-    muon_momentum_warmup_start: float = 0.85
-    muon_momentum_warmup_steps: int = 500
+    tied_embed_lr: float = 0.03
+    matrix_lr: float = 0.028
+    scalar_lr: float = 0.02
+    muon_momentum: float = 0.97
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500
     muon_backend_steps: int = 5  # Newton-Schulz iterations
+    muon_row_normalize: bool = True  # rows of the momentum to length 1 before they are orthogonalized (MuonEq-R)
+    polar_express: bool = True  # a polynomial of its own for each Newton-Schulz iteration
+    muon_wd: float = 0.095  # decay of matrices per step, times the learning rate; so are the next two
+    embed_wd: float = 0.085  # of embedding and output matrix
+    adam_wd: float = 0.02  # of gains, scales and gates
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     adam_eps: float = 1e-8
-    grad_clip_norm: float = 0.0  # 0: no clipping
+    grad_clip_norm: float = 0.3  # 0: no clipping
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,15 +212,21 @@ class Hyperparameters:
 RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everything from 0 to 1e15
     **dict.fromkeys(("num_layers", "num_heads", "num_kv_heads", "mlp_mult"), (1, 256)),
     **dict.fromkeys(("train_batch_tokens", "train_log_every", "val_batch_size", "max_total_bytes"), (1, 1e15)),
-    **dict.fromkeys(("eval_seq_len", "eval_stride"), (0, 2**20)),
-    **dict.fromkeys(("beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start"), (0, 0.999999)),
-    "train_seq_len": (1, 2**20),
+    **dict.fromkeys(("eval_seq_len", "eval_stride"), (0, 2**15)),
+    **dict.fromkeys(("beta1", "beta2", "ema_decay", "muon_momentum", "muon_momentum_warmup_start"), (0, 0.999999)),
+    **dict.fromkeys(("leaky_relu_slope", "warmdown_frac", "min_lr", "enable_looping_at"), (0, 1)),
+    **dict.fromkeys(("xsa_last_n", "parallel_start_layer", "num_loops", "loop_start", "loop_end"), (0, 256)),
+    "train_seq_len": (1, 2**15),
     "vocab_size": (1, 65_536),
     "model_dim": (2, 16_384),
     "rope_base": (1, 1e12),
     "logit_softcap": (1e-3, 1e6),
 }
-CHOICES = {"compute_dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "0", "1")}
+CHOICES = {
+    "compute_dtype": ("auto", "bfloat16", "float32"),
+    "compile": ("auto", "0", "1"),
+    "eval_method": ("document", "flat"),
+}
 
 
 def require(ok: bool, message: str) -> None:
@@ -203,7 +253,7 @@ def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
 
     Raises ValueError naming the variable: wrong type, out of range, unknown preset, or a misspelt setting.
     """
-    preset, values = env.get("PRESET", "baseline"), dict[str, Any]()
+    preset, values = env.get("PRESET", "record"), dict[str, Any]()
     require(preset in PRESETS, f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
     reject_misspelt(env)
     merged = {**dict(item.split("=") for item in PRESETS[preset].split()), **env}
@@ -245,6 +295,7 @@ def one_edit_apart(a: str, b: str) -> bool:
 # Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
 
 NORM_EPS = 2.0**-23  # of float32; left to torch, its versions and dtypes differ
+GATE_INPUTS = 12  # channels that a gate looks at
 
 
 def norm(x: Tensor) -> Tensor:
@@ -262,31 +313,94 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotary_table(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (Su et al. 2021), each (T, E / 2), with dtype and device of `like`.
+def rotary_table(seq_len: int, n_dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (Su et al. 2021), each (T, n_dims / 2), with dtype and device of `like`.
 
     The angles are float32. The published script computes them in bfloat16, which merges neighbouring positions beyond
     256 and costs 0.03 nats at 512 (README).
     """
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim)
+    frequency = base ** -(torch.arange(0, n_dims, 2, device=like.device, dtype=torch.float32) / n_dims)
     angle = torch.outer(torch.arange(seq_len, device=like.device, dtype=torch.float32), frequency)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i and channel i + E / 2 of each head by the angle of its position. (B, H, T, E) -> same"""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Turn channels i and i + R / 2 of the first R of each head by the angle of the position. (B, H, T, E) -> same"""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def attention_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: 0 for earlier tokens of the same document, -inf for others.
+
+    (B, T) number of the document that a token is in -> (B, 1, T, T) in `dtype`
+    """
+    seen = (document[:, :, None] == document[:, None, :]).tril_()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention, without a mask causal. (B, H, T, E), (B, K, T, E), (B, K, T, E), (B, 1, T, T) -> (B, H, T, E)"""
+    n_groups = q.size(1) // k.size(1)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_groups > 1)
+    if q.device.type == "cpu":
+        return attend_in_blocks(q, k, v, mask)
+    k, v = (x.repeat_interleave(n_groups, dim=1) for x in (k, v))  # grouped and masked, only a slow kernel would do
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention on a CPU: a block of queries at a time to the keys up to its end.
+
+    Forward and backward at 16 x 512 tokens took 90 ms on two cores of an AMD EPYC with AVX-512, where
+    scaled_dot_product_attention took 190; on two of an Intel Xeon with matrix units (AMX) 45 and 52.
+    """
+    (B, H, T, E), K = q.shape, k.size(1)
+    size, outputs = max(128, T // 8), []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        block = q[:, :, start:end].reshape(B, K, -1, E) * E**-0.5  # heads that share keys one below the other
+        scores = (block @ k[:, :, :end].mT).float().view(B, H, -1, end) + mask[:, :, start:end, :end]
+        weights = scores.softmax(-1).to(v.dtype).view(B, K, -1, end)
+        outputs.append((weights @ v[:, :, :end]).view(B, H, -1, E))
+    return torch.cat(outputs, dim=2)
+
+
+def drop_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention (XSA): remove from what a head read the part along the token's own value.
+
+    (B, H, T, E), (B, K, T, E) -> (B, H, T, E)
+    """
+    u = F.normalize(v, dim=-1)[:, :, None]
+    y = y.unflatten(1, (v.size(1), -1))  # (B, K, H / K, T, E)
+    return (y - (y * u).sum(-1, keepdim=True) * u).flatten(1, 2)
+
+
+class Gate(Linear):
+    """Gates in (0, 1) from the first channels of their input, which suffice and cost almost nothing. 1/2 at init."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(min(GATE_INPUTS, n_in), n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x[..., : self.weight.size(1)]))
+
+
+class Context(NamedTuple):
+    """What all layers share in a forward pass."""
+
+    x0: Tensor  # (B, T, D) normalised embeddings
+    cos: Tensor  # (T, R / 2)
+    sin: Tensor  # (T, R / 2)
+    mask: Tensor | None  # (B, 1, T, T); None: causal
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; queries and keys are normalised, a learned gain per head sets the sharpness.
+    """Causal grouped-query attention; queries and keys are normalised, a learned gain per head sets the sharpness."""
 
-    scaled_dot_product_attention on every device: on a CPU with bf16 matrix units its forward and backward took 52 ms
-    at 16 x 512 tokens, compiled query blocks of plain products 45 ms, but with 15 s more of compilation.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         kv_dim = config.num_kv_heads * config.head_dim
@@ -295,16 +409,21 @@ class Attention(nn.Module):
         self.c_v = Linear(config.model_dim, kv_dim)
         self.proj = Linear(config.model_dim, config.model_dim)
         self.q_gain = nn.Parameter(torch.empty(config.num_heads))
+        self.exclusive = layer >= config.num_layers - config.xsa_last_n
+        self.gate = Gate(config.model_dim, config.num_heads) if config.sparse_attn_gate_enabled else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        q = rotate(norm(q), cos, sin) * self.q_gain.to(q.dtype)[:, None, None]
-        k = rotate(norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        q = rotate(norm(q), context.cos, context.sin) * self.q_gain.to(q.dtype)[:, None, None]
+        k = rotate(norm(k), context.cos, context.sin)
+        y = attend(q, k, v, context.mask)
+        y = drop_own_value(y, v) if self.exclusive else y
+        y = y.transpose(1, 2)  # (B, T, H, E)
+        y = y * self.gate(x)[..., None] if self.gate is not None else y
+        return self.proj(y.reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -312,26 +431,39 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(config.model_dim, config.mlp_mult * config.model_dim)
         self.proj = Linear(config.mlp_mult * config.model_dim, config.model_dim)
+        self.slope = config.leaky_relu_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.relu(self.fc(x)).square())  # relu^2: So et al. 2021 (Primer)
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())  # relu^2: So et al. 2021 (Primer)
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream that can blend the embedding `x0` back in."""
+    """Attention and MLP around a residual stream that can blend the embedding `x0` back in.
 
-    def __init__(self, config: GPTConfig) -> None:
+    With `lanes`, attention and MLP have residual streams, the lanes, of their own, run side by side and write to both.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(config), MLP(config)
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
         self.attn_scale = nn.Parameter(torch.empty(config.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
+        parallel = 0 < config.parallel_start_layer <= layer
+        self.lanes = nn.Parameter(torch.empty(2, 3)) if parallel else None  # to either lane: from itself, attn, mlp
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), cos, sin)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+    def forward(self, x: Tensor, y: Tensor, depth_scale: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Lanes (B, T, D) that attention and MLP read, without `lanes` both x. -> both lanes behind the block"""
+        mix, depth_scale = self.resid_mix.to(x.dtype), depth_scale.to(x.dtype)
+        mixed = mix[0] * x + mix[1] * context.x0
+        attn = self.attn_scale.to(x.dtype) * self.attn(norm(mixed) * depth_scale, context)
+        if self.lanes is None:
+            x = mixed + attn
+            x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * depth_scale)
+            return x, x
+        mlp = self.mlp_scale.to(x.dtype) * self.mlp(norm(y) * depth_scale)
+        to_x, to_y = self.lanes.to(x.dtype).unbind()
+        return to_x[0] * x + to_x[1] * attn + to_x[2] * mlp, to_y[0] * y + to_y[1] * attn + to_y[2] * mlp
 
 
 def output_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -345,36 +477,62 @@ def output_loss(x: Tensor, weight: Tensor, softcap: float, targets: Tensor) -> T
 
 
 class GPT(nn.Module):
-    """A decoder whose first half feeds its second half through skip connections, last to first (U-net)."""
+    """A decoder whose first half feeds its second half through skip connections, last to first (U-net).
+
+    While `looping`, some layers run several times; each pass counts as a layer of either half.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.looping = config, True
         self.compute_dtype = torch.float32  # of activations; see pick_dtype
         self.output_loss = output_loss  # an attribute, so that a CPU can compile it by itself (compile_model)
         self.tok_emb = Linear(config.model_dim, config.vocab_size)  # rows are looked up; tied, also the output matrix
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.num_encoder_layers = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.empty(self.num_encoder_layers, config.model_dim))
+        self.smear_gate = Gate(config.model_dim, 1) if config.smear_gate_enabled else None
+        self.smear_scale = nn.Parameter(torch.empty(1)) if config.smear_gate_enabled else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        skips_shape = len(config.layer_order(looping=True)) // 2, config.model_dim
+        self.skip_weights = nn.Parameter(torch.empty(skips_shape))
+        self.skip_gates = nn.Parameter(torch.empty(skips_shape)) if config.skip_gates_enabled else None
         self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
 
     @property
     def output_weight(self) -> Tensor:
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight  # (V, D)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D), normalised; a document's first token gets nothing of the token before it."""
+        x = F.embedding(ids, self.tok_emb.weight).to(self.compute_dtype)
+        if self.smear_gate is not None and self.smear_scale is not None:
+            gate = self.smear_scale.to(x.dtype) * self.smear_gate(x) * (ids != self.config.bos_id)[..., None]
+            x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return norm(x)
+
+    def merge_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        return x + skip if self.skip_gates is None else skip.lerp(x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D), before the last normalisation."""
-        x0 = norm(F.embedding(ids, self.tok_emb.weight).to(self.compute_dtype))
-        cos, sin = rotary_table(ids.size(1), self.config.head_dim, self.config.rope_base, like=x0)
-        x = x0.clone()  # were x the same tensor as x0, the first block would be compiled a second time
+        config, x0 = self.config, self.embed(ids)
+        cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
+        document = (ids == config.bos_id).cumsum(1, dtype=torch.int32) if config.document_masks else ids[:1] * 0
+        needed = config.document_masks or ids.device.type == "cpu"
+        mask = attention_mask(document, x0.dtype) if needed else None
+        # A tensor: with numbers, every layer would be compiled on its own.
+        depth = torch.arange(1, config.num_layers + 1, device=ids.device, dtype=torch.float32)
+        depth_scale = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
+        context, order = Context(x0, cos, sin, mask), config.layer_order(self.looping)
+        x = y = x0.clone()  # were x the same tensor as x0, the first block would be compiled a second time
+        n_encoder = len(order) // 2
         skips: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if i >= self.num_encoder_layers and skips:
-                x = x + self.skip_weights[i - self.num_encoder_layers].to(x.dtype) * skips.pop()
-            x = block(x, x0, cos, sin)
-            if i < self.num_encoder_layers:
+        for i, layer in enumerate(order):
+            if i >= n_encoder and skips:
+                x = self.merge_skip(x, skips.pop(), i - n_encoder)  # into the lane of attention only
+            x, y = self.blocks[layer](x, y, depth_scale[layer], context)
+            if i < n_encoder:
                 skips.append(x)
-        return x
+        return (x + y) / 2
 
     def forward(self, ids: Tensor) -> Tensor:
         """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
@@ -392,11 +550,15 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
     tok_emb                 N(0, TIED_EMBED_INIT_STD) if tied, else N(0, 1)
     c_q, c_k, c_v, fc       U(-1, 1) / sqrt(fan in), as nn.Linear does
     proj, lm_head           0: blocks start as the identity, untied logits as uniform
-    resid_mix               1 for the stream, 0 for the embedding
-    the others              a constant of the table below
+    the others              constants of the table below: gates half open, nothing smeared
     """
-    constants = {"proj": 0.0, "lm_head": 0.0, "q_gain": hp.qk_gain_init, "resid_mix": 0.0}
-    constants |= {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0}
+    zeros = ("proj", "lm_head", "gate", "smear_gate", "smear_scale", "skip_gates")
+    constants: dict[str, Any] = dict.fromkeys(zeros, 0.0) | dict.fromkeys(
+        ("attn_scale", "mlp_scale", "skip_weights"), 1.0
+    )
+    constants |= {"q_gain": hp.qk_gain_init}
+    constants |= {"resid_mix": [[1.0], [0.0]]}  # all of the stream, nothing of the embedding
+    constants |= {"lanes": [1.1, 1.0, 1.0]}  # to either lane: from itself, attention, MLP
     generator = torch.Generator().manual_seed(hp.seed)
     for name, p in model.named_parameters():
         value, kind = torch.empty(p.shape), name.removesuffix(".weight").split(".")[-1]
@@ -405,9 +567,7 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
         elif kind in ("c_q", "c_k", "c_v", "fc"):
             value.uniform_(-1.0, 1.0, generator=generator).mul_(p.size(1) ** -0.5)
         else:
-            value.fill_(constants[kind])  # a KeyError here: a parameter without an initial value
-        if kind == "resid_mix":
-            value[0] = 1.0
+            value.copy_(torch.tensor(constants[kind]))  # a KeyError here: a parameter without an initial value
         p.copy_(value)
 
 
@@ -439,6 +599,7 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
     if enabled and next(model.parameters()).is_cuda:
         return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
     if enabled:
+        torch._dynamo.config.recompile_limit = 64  # blocks of a few kinds times batches of a few shapes; 8 end the run
         for block in model.blocks:
             block.compile(**options)
         model.output_loss = torch.compile(output_loss, **options)
@@ -450,19 +611,29 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def orthogonalize(g: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # one polynomial for every iteration (kellerjordan.github.io/posts/muon)
+POLAR_EXPRESS = (  # the best polynomial for what the iterations before leave (Amsel et al. 2025); the last one repeats
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Replace the singular values of every matrix by values near 1. (N, R, C) -> (N, R, C) in `dtype`
 
-    The quintic Newton-Schulz iteration of Muon (kellerjordan.github.io/posts/muon), zeropower_via_newtonschulz5 in
-    other codebases, as one chain of batched products. Singular values land in about [0.7, 1.2], not on 1: the
-    coefficients trade accuracy at 1 for slope at 0, so that weak directions rise fast.
+    The quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases, as one chain of batched
+    products. Singular values land in about [0.7, 1.2] ([0.85, 1.15] with POLAR_EXPRESS), not on 1: the coefficients
+    trade accuracy at 1 for slope at 0, so that weak directions rise fast.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # so that the Gram matrix is the small one
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] if polar_express else NEWTON_SCHULZ
         gram = x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
@@ -472,16 +643,16 @@ def orthogonalize(g: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) ->
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized step (Jordan et al. 2024), for the matrices inside the blocks only.
 
-    lr is in units of spectral norm per step, with tall matrices scaled by sqrt(rows / columns) for an equal RMS change.
+    MATRIX_LR is the spectral norm of a step, times sqrt(rows / columns) for tall matrices, for an equal RMS change.
     Matrices of one shape are stacked and orthogonalized together; every rank takes a share of each stack, and one
     all-reduce hands the results round. Momentum is kept on every rank, so that any rank can save the run.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, world: World) -> None:
-        self.world = world
+    def __init__(self, params: list[nn.Parameter], hp: Hyperparameters, world: World) -> None:
+        self.hp, self.world = hp, world
         shapes = dict.fromkeys(p.shape for p in params)  # a set that keeps the order
         groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "steps": steps})
+        super().__init__(groups, {"lr": hp.matrix_lr, "base_lr": hp.matrix_lr, "momentum": hp.muon_momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -494,33 +665,31 @@ class Muon(torch.optim.Optimizer):
             buffer.mul_(group["momentum"]).add_(grads)
             mine = self.world.share(len(params))
             nesterov = grads.add_(buffer, alpha=group["momentum"])[mine.start : mine.stop]
-            update = torch.zeros_like(grads, dtype=pick_dtype(grads.device))
-            update[mine.start : mine.stop] = orthogonalize(nesterov, group["steps"], update.dtype)
+            if self.hp.muon_row_normalize:  # MuonEq-R
+                nesterov = nesterov / nesterov.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update, steps = torch.zeros_like(grads, dtype=pick_dtype(grads.device)), self.hp.muon_backend_steps
+            update[mine.start : mine.stop] = orthogonalize(nesterov, steps, self.hp.polar_express, update.dtype)
             updates.append(update)
         self.world.sum_all(updates)
         for group, update in zip(self.param_groups, updates, strict=True):
             lr = group["lr"] * max(1.0, update.size(1) / update.size(2)) ** 0.5
+            torch._foreach_mul_(group["params"], 1.0 - group["lr"] * self.hp.muon_wd)
             torch._foreach_add_(group["params"], list(update.float().unbind()), alpha=-lr)
 
 
 def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, Adam for embedding, output matrix, gains and scales."""
-    matrices = [p for name, p in model.blocks.named_parameters() if name.endswith(".weight")]
-    scalars = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
+    """Muon for the matrices of the blocks, AdamW for embedding, output matrix, gains, scales and gates."""
     embed_lr = hp.tied_embed_lr if model.config.tie_embeddings else hp.embed_lr
-    groups = [{"params": [model.tok_emb.weight], "lr": embed_lr}, {"params": scalars, "lr": hp.scalar_lr}]
-    if model.lm_head is not None:
-        groups.append({"params": [model.lm_head.weight], "lr": hp.head_lr})
+    rates = {"tok_emb.weight": (embed_lr, hp.embed_wd), "lm_head.weight": (hp.head_lr, hp.embed_wd)}
+    rates["scalars"] = hp.scalar_lr, hp.adam_wd
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in ("matrices", *rates)}
+    for name, p in model.named_parameters():
+        is_matrix = name.startswith("blocks.") and name.endswith(".weight") and "gate" not in name
+        members["matrices" if is_matrix else name if name in rates else "scalars"].append(p)
+    groups = [{"params": members[k], "lr": lr, "base_lr": lr, "weight_decay": wd} for k, (lr, wd) in rates.items()]
     fused = world.device.type in ("cpu", "cuda")
-    adam = torch.optim.Adam(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=fused)
-    muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_backend_steps, world)
-    optimizers: list[torch.optim.Optimizer] = [muon, adam]
-    owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    assert len(owned) == len(set(owned)) == len(list(model.parameters())), "a parameter is in no group or in two"
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
+    adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=fused)
+    return [Muon(members["matrices"], hp, world), adam]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -581,8 +750,8 @@ class TokenStream:
         self.files = sorted(Path(folder).glob(pattern))
         if not self.files:
             raise FileNotFoundError(
-                f"DATA_PATH={folder!r} holds no {pattern}: get the published shards with `python data/download.py "
-                "--variant sp1024`, or a small corpus for PRESET=smoke with `python data/build_shards.py`"
+                f"DATA_PATH={folder!r} holds no {pattern}: make shards with data/build_shards.py (without arguments "
+                "those of PRESET=smoke), or get published ones with data/download.py (sp1024 for PRESET=baseline)"
             )
         self.shards = [read_shard(file) for file in self.files]
         self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
@@ -610,17 +779,24 @@ class TokenStream:
             raise ValueError(f"{found}, not below VOCAB_SIZE={vocab_size}: name the tokenizer of these shards")
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """0 .. n - 1 in an order for each seed and epoch, that of this version of numpy. -> (n,) int64"""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 class Loader:
     """Batches of the train split as a pure function of the step.
 
-    The split is cut into sequences of seq_len + 1 tokens that overlap by one. Step s takes the next n_sequences of them
-    in order, starting over at the end (a new epoch); a rank takes a contiguous share, in micro-batches of almost
-    equal size. Thus the tokens of a step are the same for any number of ranks and any micro-batch.
+    The split is cut into sequences of seq_len + 1 tokens that overlap by one. Step s takes the next n_sequences of
+    them, as they lie or shuffled, starting over at the end (a new epoch); a rank takes a contiguous share, in
+    micro-batches of almost equal size. Thus the tokens of a step are the same for any number of ranks and any
+    micro-batch.
     """
 
     def __init__(self, stream: TokenStream, hp: Hyperparameters, vocab_size: int, world: World) -> None:
         self.stream, self.vocab_size, self.world, self.seq_len = stream, vocab_size, world, hp.train_seq_len
-        self.n_sequences = hp.train_batch_tokens // hp.train_seq_len
+        self.n_sequences, self.seed, self.shuffle = hp.train_batch_tokens // hp.train_seq_len, hp.seed, hp.shuffle
         self.epoch_sequences = (len(stream) - 1) // hp.train_seq_len
         self.micro_sequences = max(int(hp.micro_batch_tokens > 0), hp.micro_batch_tokens // hp.train_seq_len)  # 0: open
         data, batch = f"DATA_PATH={hp.data_path!r}", f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}"
@@ -634,7 +810,9 @@ class Loader:
 
     def sequence(self, index: int) -> np.ndarray:
         """Sequence `index` of the run. -> (T + 1,) uint16"""
-        start = index % self.epoch_sequences * self.seq_len
+        epoch, place = divmod(index, self.epoch_sequences)
+        place = int(shuffled(self.epoch_sequences, self.seed, epoch)[place]) if self.shuffle else place
+        start = place * self.seq_len
         tokens = self.stream.read(start, self.seq_len + 1)
         self.stream.require_below(self.vocab_size, tokens, start)
         return tokens
@@ -658,7 +836,7 @@ class Loader:
 # 5. Evaluation: bits per byte
 # ----------------------------------------------------------------------------------------------------------------------
 
-JUDGE_VERSION = 1  # changes whenever a function of this section could give another score
+JUDGE_VERSION = 2  # changes whenever a function of this section could give another score
 EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (float32: 128 MiB); fixed, so that scores repeat
 
 
@@ -782,14 +960,45 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
     return identity
 
 
-def scoring_windows(n_tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows (start, first, last) that score every position 1 .. n_tokens - 1 exactly once, the tail included.
+class Window(NamedTuple):
+    """Feeds ids[start : last - 1] and scores positions first .. last - 1."""
 
-    A window feeds ids[start : start + seq_len] and scores positions first .. last - 1, `stride` of them but for the
-    tail. With stride = seq_len windows do not overlap; a smaller one gives each target more context.
+    start: int
+    first: int
+    last: int
+
+
+def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
+    """Windows that score every position but 0 of `ids` (N,) exactly once, the tail included.
+
+    EVAL_METHOD=flat goes through the split as one text; `document` starts anew with every document, whose last window
+    scores the BOS of the next. A text longer than EVAL_SEQ_LEN is cut: its first window scores all that fits, each
+    further one the next EVAL_STRIDE targets. At EVAL_STRIDE = EVAL_SEQ_LEN windows do not overlap; a smaller one gives
+    each target more context.
     """
-    for first in range(1, n_tokens, stride):
-        yield max(0, first - 1 + stride - seq_len), first, min(first + stride, n_tokens)
+    seq_len, end = config.eval_seq_len, len(ids) - 1
+    stride = config.eval_stride or seq_len
+    begins = np.flatnonzero(ids[1:] == config.bos_id) + 1 if config.eval_method == "document" else ()
+    for begin, stop in itertools.pairwise([0, *map(int, begins), end]):
+        firsts = [begin + 1, *range(begin + 1 + seq_len, stop + 1, stride)] if stop > begin else []
+        for first, last in itertools.pairwise([*firsts, stop + 1]):
+            yield Window(max(begin, first - 1 + stride - seq_len), first, last)
+
+
+def pack_rows(windows: Iterable[Window], ids: np.ndarray, config: GPTConfig) -> list[list[Window]]:
+    """Windows that go into one row of EVAL_SEQ_LEN tokens, in order.
+
+    Only document masks keep windows of one row apart: a window that starts with a BOS may follow others in its row.
+    """
+    rows, room = list[list[Window]](), 0
+    for window in windows:
+        length = window.last - 1 - window.start
+        if not (config.document_masks and ids[window.start] == config.bos_id and length <= room):
+            rows.append([])
+            room = config.eval_seq_len
+        rows[-1].append(window)
+        room -= length
+    return rows
 
 
 def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -801,23 +1010,26 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperparameters, world: World) -> Score:
     """Score a split: every token but the first is a target, once. A BOS costs nats and stands for 0 bytes.
 
-    Every forward pass has the same shape (short windows and the last batch are padded, which a causal model cannot
-    see), so that nothing is compiled twice. Sums are float64 or integers; ranks meet in one collective at the end.
+    Every forward pass has the same shape (short rows and the last batch are padded, which a causal model cannot see),
+    so that nothing is compiled twice. Sums are float64 or integers; ranks meet in one collective at the end.
     """
     seq_len, sums = config.eval_seq_len, torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    windows = list(scoring_windows(len(split.ids), seq_len, config.eval_stride or seq_len))
-    rows = max(1, min(hp.val_batch_size // world.size, EVAL_LOGITS // config.vocab_size) // seq_len)
-    rows = min(rows, math.ceil(len(windows) / world.size))
-    mine = world.share(len(windows))
-    for begin in range(mine.start, mine.stop, rows):
-        tokens = torch.zeros(rows, seq_len + 1, dtype=torch.int64)
-        scored = torch.zeros(rows, seq_len, dtype=torch.bool)  # column t: token t + 1 of its row is a target here
-        for row, (start, first, last) in enumerate(windows[begin : min(begin + rows, mine.stop)]):
-            tokens[row, : last - start] = torch.from_numpy(split.ids[start:last].astype(np.int64))
-            scored[row, first - start - 1 : last - start - 1] = True
-            sums[2] += int(split.bytes[first:last].sum(dtype=np.int64))
-        batch = tokens.to(world.device)
-        losses = target_nats(logits_fn(batch[:, :-1]), batch[:, 1:]).cpu()
+    rows = pack_rows(scoring_windows(split.ids, config), split.ids, config)
+    n_rows = max(1, min(hp.val_batch_size // world.size, EVAL_LOGITS // config.vocab_size) // seq_len)
+    n_rows = min(n_rows, math.ceil(len(rows) / world.size))
+    mine = world.share(len(rows))
+    for begin in range(mine.start, mine.stop, n_rows):
+        inputs, targets = torch.zeros(2, n_rows, seq_len, dtype=torch.int64)
+        scored = torch.zeros(n_rows, seq_len, dtype=torch.bool)
+        for i, row in enumerate(rows[begin : min(begin + n_rows, mine.stop)]):
+            column = 0
+            for start, first, last in row:
+                tokens, end = torch.from_numpy(split.ids[start:last].astype(np.int64)), column + last - 1 - start
+                inputs[i, column:end], targets[i, column:end] = tokens[:-1], tokens[1:]
+                scored[i, column + first - 1 - start : end] = True
+                sums[2] += int(split.bytes[first:last].sum(dtype=np.int64))
+                column = end
+        losses = target_nats(logits_fn(inputs.to(world.device)), targets.to(world.device)).cpu()
         sums[:2] += torch.stack((losses[scored].double().sum(), scored.sum().double()))
     world.sum_all([sums])
     if not bool(sums.isfinite().all()):
@@ -833,7 +1045,7 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
 #   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale
 #   float32     any shape, little-endian
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, CODEC, ARTIFACT_NAME = b"GOLFGPT\n", 1, "int8_zlib", "final_model.int8.ptz"
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, CODEC, ARTIFACT_NAME = b"GOLFGPT\n", 2, "int8_zlib", "final_model.int8.ptz"
 ARTIFACT_PREFIX = struct.Struct("<8sII")
 MAX_PARAMETERS, MAX_HEADER_BYTES = 2**28, 2**20  # of an artifact that is read: bound what a hostile one can ask for
 
@@ -891,9 +1103,10 @@ def read_header(path: Path, text: bytes) -> tuple[GPT, int]:
         raise ValueError(f"{path} has a header that describes no model ({error!s:.600})") from None
     table = tensor_table(model)
     size = sum(stored_bytes(kind, shape) for _, kind, shape in table)
+    count = sum(math.prod(shape) for _, _, shape in table)
     fits = header.get("tensors") == table and header.get("payload_bytes") == size
     require(fits, f"{path} has a tensor table that does not fit its config: make it again")
-    require(size < 4 * MAX_PARAMETERS, f"{path} describes {size} bytes of weights, more than any artifact holds")
+    require(count <= MAX_PARAMETERS, f"{path} describes {count} parameters, more than any artifact holds")
     require(model.config.eval_seq_len > 0, f"{path} has no EVAL_SEQ_LEN in its config: make it again")
     return model, size
 
@@ -977,23 +1190,38 @@ class Ledger:
         return self.spent.get(phase, 0.0) + running
 
 
-def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """Learning rate / its base value: 1, then linear to 0 over the warmdown, at the end of the steps or of the time.
+def progress(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """Part of the run that is done, 0 to 1, by ITERATIONS or by the time limit, whichever is further."""
+    return min(1.0, max(step / max(hp.iterations, 1), seconds / (hp.max_wallclock_seconds or math.inf)))
 
-    In time the warmdown is as long as WARMDOWN_ITERS steps take on average. (The published script knows only the time
+
+def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """Learning rate / its base value: 1, then linear towards 0 at the end of the run, but not below MIN_LR.
+
+    WARMDOWN_ITERS, in time, are as long as so many steps take on average. (The published script knows only the time
     where there is a limit, so that a run that ends by ITERATIONS has no warmdown.)
     """
-    left = (hp.iterations - step) / max(hp.warmdown_iters, 1e-9)
-    if hp.max_wallclock_seconds:
-        warmdown_seconds = hp.warmdown_iters * seconds / max(step, 1)
-        left = min(left, (hp.max_wallclock_seconds - seconds) / max(warmdown_seconds, 1e-9))
-    return min(1.0, max(0.0, left))
+    left = (1.0 - progress(step, seconds, hp)) / max(hp.warmdown_frac, 1e-9)
+    if hp.warmdown_iters:
+        left = (hp.iterations - step) / hp.warmdown_iters
+        seconds_left = hp.max_wallclock_seconds - seconds if hp.max_wallclock_seconds else math.inf
+        left = min(left, seconds_left * max(step, 1) / max(hp.warmdown_iters * seconds, 1e-9))
+    return min(1.0, max(left, hp.min_lr))
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
     """Rises linearly from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
     done = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
     return hp.muon_momentum_warmup_start + done * (hp.muon_momentum - hp.muon_momentum_warmup_start)
+
+
+def update_average(average: list[Tensor], weights: list[Tensor], step: int, decay: float) -> None:
+    """Exponential moving average after `step` steps, 1 for the first: those of step s count as decay ** (step - s).
+
+    Dividing by the sum of the coefficients keeps the untrained weights out. Runs that are short against
+    1 / (1 - decay) steps still want a smaller decay: theirs would be an average over all they went through.
+    """
+    torch._foreach_lerp_(average, weights, (1.0 - decay) / (1.0 - decay**step))
 
 
 def available_memory() -> int:
@@ -1009,14 +1237,15 @@ def available_memory() -> int:
     return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def micro_batch_tokens(config: GPTConfig, device: torch.device) -> int:
+def micro_batch_tokens(config: GPTConfig, seq_len: int, device: torch.device) -> int:
     """Tokens of a first try at a forward and backward pass: 65,536 fill any GPU, 16,384 a CPU.
 
     On a CPU, where an overrun is a kill, also what is safe: half of the memory over an upper estimate per token.
     """
     if device.type == "cuda":
         return 65_536
-    per_token = 4 * (config.num_layers * config.model_dim * (20 + 4 * config.mlp_mult) + 6 * config.vocab_size)
+    per_layer = config.model_dim * (30 + 4 * config.mlp_mult) + config.num_heads * seq_len
+    per_token = 4 * (len(config.layer_order(looping=True)) * per_layer + 6 * config.vocab_size)
     return min(16_384, available_memory() // 2 // per_token)
 
 
@@ -1024,8 +1253,8 @@ def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -
     """Set the loader's micro-batch; on CUDA halve it until a forward and backward pass fits on every rank."""
     if loader.micro_sequences:
         return
-    largest = math.ceil(loader.n_sequences / world.size)
-    loader.micro_sequences = max(1, min(largest, micro_batch_tokens(model.config, world.device) // loader.seq_len))
+    largest, seq_len = math.ceil(loader.n_sequences / world.size), loader.seq_len
+    loader.micro_sequences = max(1, min(largest, micro_batch_tokens(model.config, seq_len, world.device) // seq_len))
     while world.device.type == "cuda":
         failed = torch.zeros(())
         try:
@@ -1078,11 +1307,17 @@ def train_step(run: Trainer, batch: Batch, scale: float, momentum: float) -> Ten
 
 
 def prime(run: Trainer, steps: int, log0: Log) -> None:
-    """Compile on real steps before the clock starts, then restore weights and optimizers; the loader has no state."""
+    """Compile on real steps before the clock starts, then restore weights and optimizers; the loader has no state.
+
+    CUDA compiles the graph as a whole, and thus once for each order of the layers that the run takes.
+    """
     weights = [p.detach().clone() for p in run.model.parameters()]
-    for step in range(steps):
-        train_step(run, run.loader.batch(step), 1.0, run.hp.muon_momentum)
-        log0(f"warmup_step:{step + 1}/{steps}")
+    both = run.world.device.type == "cuda" and run.model.config.num_loops > 0 and run.hp.enable_looping_at > 0
+    for looping in (False, True) if both else (True,):
+        run.model.looping = looping
+        for step in range(steps):
+            train_step(run, run.loader.batch(step), 1.0, run.hp.muon_momentum)
+            log0(f"warmup_step:{step + 1}/{steps}")
     with torch.no_grad():
         torch._foreach_copy_(list(run.model.parameters()), weights)
     for opt in run.optimizers:
@@ -1090,30 +1325,41 @@ def prime(run: Trainer, steps: int, log0: Log) -> None:
 
 
 def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log) -> dict[str, Any]:
-    """Run to ITERATIONS or the time limit, whichever comes first, and validate at the end. -> results by log key
+    """Run to ITERATIONS or the time limit, whichever comes first, average and validate. -> results by log key
 
     A step is started only if the slowest of the last ten would still end within the limit; the first one always is. A
     loss that is not finite raises FloatingPointError.
     """
     hp, loader, results = run.hp, run.loader, dict[str, Any]()
     step, seconds, train_loss, recent = 0, 0.0, math.nan, deque([0.0], maxlen=10)
+    weights = [p.detach() for p in run.model.parameters()]
+    average = [w.clone() for w in weights] if hp.ema_decay else []
     batch = loader.batch(0)
     ledger.switch("train")
     while True:
         position, capped = f"step:{step}/{hp.iterations}", 0 < hp.max_wallclock_seconds < seconds + max(recent)
+        last = capped or step == hp.iterations
+        looping = last or progress(step, seconds, hp) >= hp.enable_looping_at
+        if looping > run.model.looping and run.model.config.num_loops:
+            log0(f"layer_loop:enabled {position} order:{run.model.config.layer_order(looping)}".replace(", ", ","))
+        run.model.looping = looping
         timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
         if 0 < step <= 10 or (step and step % hp.train_log_every == 0):
             log0(f"{position} train_loss:{train_loss:.4f} {timing}")
-        if capped or step == hp.iterations or (hp.val_loss_every and step % hp.val_loss_every == 0):
+        if last and average:
+            torch._foreach_copy_(weights, average)
+        if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             ledger.switch("validate")
             score = validate()
             log0(f"{position} {score:.4f} {timing}")
             results |= {"untrained_val_bpb": score.val_bpb} if step == 0 else {}
             ledger.switch("train")
-        if capped or step == hp.iterations:
+        if last:
             break
         loss = train_step(run, batch, lr_scale(step, seconds, hp), muon_momentum(step, hp))
         step += 1
+        if average:
+            update_average(average, weights, step, hp.ema_decay)
         batch = loader.batch(step)  # while the device is busy with the step
         last_loss, train_loss = train_loss, float(loss)
         if not math.isfinite(train_loss):
@@ -1292,12 +1538,13 @@ def main() -> int:
     machine = {**describe_machine(world.device), "world_size": world.size, "compute_dtype": config.compute_dtype}
     identity = {"code_sha256": hashlib.sha256(code).hexdigest(), "judge_version": JUDGE_VERSION, **split.identity}
     method = {"eval_method": config.eval_method, "eval_seq_len": config.eval_seq_len}
+    method["eval_stride"] = config.eval_stride or config.eval_seq_len
     log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(changed)}")
     log0(key_values(machine))
     log0(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
     log0(f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)} {key_values(method)}")
     log0(key_values(identity))
-    record = {**vars(config), **vars(hp), **machine, **identity, **method}
+    record = {**vars(config), **vars(hp), **machine, **identity}
     if not hp.eval_artifact:
         record |= train_artifact(path, config, loader, split, hp, ledger, log0)
     score = score_artifact(path, config, split, hp, world, ledger)
@@ -1305,7 +1552,7 @@ def main() -> int:
     record |= {"val_nats": score.nats, "scored_tokens": score.tokens, "scored_bytes": score.bytes}
     fits = report(record, path, len(code), hp, world, ledger, log0)
     log0(f"final_{CODEC}_roundtrip {score:.4f} eval_time:{1000 * ledger.spent['evaluate']:.0f}ms")
-    log0(f"final_{CODEC}_roundtrip_exact {score:.8f}")
+    log0(f"final_{CODEC}_roundtrip_exact {score:.8f} {key_values(method)}")
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if fits else 3

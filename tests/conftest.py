@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -25,6 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = re.findall(
     r"\w+", "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one"
 )
+
+SMALL_MODEL: dict[str, Any] = {
+    "vocab_size": 64,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "logit_softcap": 5.0,
+    "eval_seq_len": 16,
+}
+SMALL_RUN: dict[str, Any] = {
+    "train_batch_tokens": 128,
+    "train_seq_len": 16,
+    "val_batch_size": 256,
+    "max_wallclock_seconds": 0.0,
+    "compile": "0",
+}
 
 settings.register_profile("no_deadline", deadline=None)  # of an example; machines of CI stall
 settings.load_profile("no_deadline")
@@ -74,20 +91,29 @@ def few_threads():
 
 @pytest.fixture(scope="session")
 def config() -> tg.GPTConfig:
-    return tg.GPTConfig(
-        vocab_size=64, num_layers=5, model_dim=32, num_heads=4, num_kv_heads=2, logit_softcap=5.0, eval_seq_len=16
-    )
+    """The published baseline, small."""
+    return dataclasses.replace(tg.from_env(tg.GPTConfig, {"PRESET": "baseline"}), num_layers=5, **SMALL_MODEL)
+
+
+@pytest.fixture(scope="session")
+def record_config() -> tg.GPTConfig:
+    """All techniques of the record, small: 7 layers, run as 0 1 2 1 2 1 2 3 4 5 6, layer 0 without XSA, 5 and 6 with
+    two streams."""
+    parts = {"rope_dims": 4, "xsa_last_n": 6, "parallel_start_layer": 5, "loop_start": 1, "loop_end": 2}
+    return dataclasses.replace(tg.GPTConfig(), num_layers=7, **parts, **SMALL_MODEL)
 
 
 @pytest.fixture(scope="session")
 def hp() -> tg.Hyperparameters:
-    return tg.Hyperparameters(
-        train_batch_tokens=128,
-        train_seq_len=16,
-        val_batch_size=256,
-        max_wallclock_seconds=0.0,
-        compile="0",
-    )
+    """Of the published baseline, small."""
+    baseline = tg.from_env(tg.Hyperparameters, {"PRESET": "baseline"})
+    return dataclasses.replace(baseline, **SMALL_RUN)
+
+
+@pytest.fixture(scope="session")
+def record_hp() -> tg.Hyperparameters:
+    """Of the record, small."""
+    return dataclasses.replace(tg.Hyperparameters(), **SMALL_RUN)
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +124,8 @@ def random_model() -> Callable[..., tg.GPT]:
         generator = torch.Generator().manual_seed(seed)
         model = tg.GPT(config)
         with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(0.0, p.size(-1) ** -0.5 if p.ndim == 2 else 1.0, generator=generator)
+            for name, p in model.named_parameters():
+                p.normal_(0.0, p.size(-1) ** -0.5 if name.endswith(".weight") else 1.0, generator=generator)
         return model.eval()
 
     return make
@@ -169,8 +195,9 @@ def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
 
 @pytest.fixture(scope="session")
 def tiny_settings(data) -> dict[str, str]:
-    """Environment of a run of a few seconds, reproducible to the bit."""
+    """Environment of a run of the baseline of a few seconds, reproducible to the bit."""
     return {
+        "PRESET": "baseline",
         "PATH": os.environ.get("PATH", ""),
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
@@ -193,6 +220,23 @@ def tiny_settings(data) -> dict[str, str]:
         "TRAIN_LOG_EVERY": "1",
         "COMPUTE_DTYPE": "float32",
         "COMPILE": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def record_settings() -> dict[str, str | None]:
+    """Changes to the tiny settings for a run with all techniques: 5 layers, run as 0 1 2 1 2 1 2 3 4, 3 and 4 with two
+    streams, looped from step 11 on."""
+    return {
+        "PRESET": "record",
+        "NUM_LAYERS": "5",
+        "MLP_MULT": "2",
+        "ROPE_DIMS": "4",
+        "XSA_LAST_N": "4",
+        "PARALLEL_START_LAYER": "3",
+        "LOOP_START": "1",
+        "LOOP_END": "2",
+        "WARMDOWN_ITERS": None,
     }
 
 
@@ -222,5 +266,13 @@ def run_script(tmp_path_factory, tiny_settings) -> Callable[..., Run]:
 def trained(run_script) -> Run:
     """One whole run of the script, looked at by many tests."""
     run = run_script()
+    assert run.status == 0, run.err
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_record(run_script, record_settings) -> Run:
+    """One whole run of the script with all techniques."""
+    run = run_script(**record_settings)
     assert run.status == 0, run.err
     return run

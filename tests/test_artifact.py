@@ -31,9 +31,10 @@ IDS = torch.arange(12).view(2, 6) % 8
 
 @pytest.fixture(scope="module")
 def small_config() -> tg.GPTConfig:
-    return tg.GPTConfig(
-        vocab_size=8, num_layers=2, model_dim=4, num_heads=2, num_kv_heads=1, mlp_mult=1, eval_seq_len=6
-    )
+    """All techniques, so that every kind of tensor is stored: 2 layers, run as 0 0 1, the last with two streams."""
+    parts = {"rope_dims": 2, "num_loops": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1}
+    shape = {"vocab_size": 8, "num_layers": 2, "model_dim": 4, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 1}
+    return tg.GPTConfig(**shape, **parts, eval_seq_len=6)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,11 @@ def take_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
     """-> header, payload"""
     length = PREFIX.unpack_from(data)[2]
     return json.loads(data[16 : 16 + length]), zlib.decompress(data[16 + length :])
+
+
+def entry(header: dict[str, Any], tensor: str) -> list[Any]:
+    """Of the tensor table: [name, kind, shape]."""
+    return next(row for row in header["tensors"] if row[0] == tensor)
 
 
 def put_together(header: Any, payload: bytes, compress: Callable[[bytes], bytes] = zlib.compress) -> bytes:
@@ -97,7 +103,13 @@ def test_bytes_describe_themselves_and_load_in_another_module(packed, small_conf
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False}, {"num_layers": 1}, {"eval_stride": 3, "tokenizer_sha256": "a" * 64}],
+    [
+        {},
+        {"tie_embeddings": False},
+        {"num_layers": 1},
+        {"num_loops": 0},
+        {"eval_stride": 3, "tokenizer_sha256": "a" * 64},
+    ],
     ids=str,
 )
 def test_loaded_model_has_the_weights_dequantized(small_config, random_model, tmp_path, changes):
@@ -146,7 +158,7 @@ def test_missing_artifact_is_a_file_not_found(tmp_path):
 
 
 def test_file_cut_anywhere_is_refused(packed, refused):
-    for n in range(len(packed)):
+    for n in {*range(0, len(packed), 3), *range(30), *range(len(packed) - 30, len(packed))}:
         refused(packed[:n])
 
 
@@ -175,7 +187,7 @@ def test_random_header_with_a_valid_checksum_is_refused(refused, text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.update(format=2), "format"),
+        (lambda h: h.update(format=1), "format"),
         (lambda h: h.update(format="1"), "format"),
         (lambda h: h.pop("format"), "format"),
         (lambda h: h.update(codec="int6_zstd"), "int6_zstd"),
@@ -183,7 +195,7 @@ def test_random_header_with_a_valid_checksum_is_refused(refused, text):
         (lambda h: h.update(config=None), ""),
         (lambda h: h.update(config=[]), ""),
         (lambda h: h["config"].update(num_layers=10**9), "NUM_LAYERS"),
-        (lambda h: h["config"].update(num_layers=256), "tensor table"),
+        (lambda h: h["config"].update(num_layers=200), "tensor table"),
         (lambda h: h["config"].update(num_layers=-1), "NUM_LAYERS"),
         (lambda h: h["config"].update(num_layers=True), "NUM_LAYERS"),
         (lambda h: h["config"].update(num_layers=2.0), "NUM_LAYERS"),
@@ -195,14 +207,27 @@ def test_random_header_with_a_valid_checksum_is_refused(refused, text):
         (lambda h: h["config"].update(rope_base=math.nan), "ROPE_BASE"),
         (lambda h: h["config"].update(rope_base=None), "ROPE_BASE"),
         (lambda h: h["config"].update(eval_seq_len=0), "EVAL_SEQ_LEN"),
+        (lambda h: h["config"].update(eval_method="best"), "EVAL_METHOD"),
+        (lambda h: h["config"].update(rope_dims=1), "ROPE_DIMS"),
+        (lambda h: h["config"].update(rope_dims=4), "ROPE_DIMS"),
+        (lambda h: h["config"].update(loop_end=2), "LOOP_END"),
+        (lambda h: h["config"].update(num_loops=10**9), "NUM_LOOPS"),
+        (lambda h: h["config"].update(num_loops=9), "tensor table"),
+        (lambda h: h["config"].update(num_loops=256), "NUM_LOOPS=256 makes 258 passes"),
+        (lambda h: h["config"].update(num_loops=-1), "NUM_LOOPS"),
+        (lambda h: h["config"].update(document_masks=1), "DOCUMENT_MASKS"),
+        (lambda h: h["config"].update(leaky_relu_slope=math.inf), "LEAKY_RELU_SLOPE"),
+        (lambda h: h["config"].update(parallel_start_layer=0), "tensor table"),
+        (lambda h: h["config"].update(skip_gates_enabled=False), "tensor table"),
+        (lambda h: h["config"].pop("smear_gate_enabled"), "config"),
         (lambda h: h["config"].update(surprise=1), "surprise"),
         (lambda h: h["config"].update({"": 1}), ""),
         (lambda h: h["config"].update(__class__=1), "__class__"),
         (lambda h: h.pop("tensors"), "tensor table"),
         (lambda h: h["tensors"].pop(), "tensor table"),
         (lambda h: h["tensors"].reverse(), "tensor table"),
-        (lambda h: h["tensors"][0][2].reverse(), "tensor table"),
-        (lambda h: h["tensors"][1].__setitem__(1, "float32"), "tensor table"),
+        (lambda h: entry(h, "tok_emb.weight")[2].reverse(), "tensor table"),
+        (lambda h: entry(h, "tok_emb.weight").__setitem__(1, "float32"), "tensor table"),
         (lambda h: h["tensors"].append(h["tensors"][0]), "tensor table"),
         (lambda h: h.update(tensors={}), "tensor table"),
         (lambda h: h.update(payload_bytes=0), ""),

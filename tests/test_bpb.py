@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shards import write_shard
 
 import train_gpt as tg
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers" / "fineweb_1024_bpe.model"
+BOS = 1
 TEXTS = [
     "hello world",
     "na\u00efve caf\u00e9 \u00c5ngstr\u00f6m",
@@ -58,6 +59,24 @@ def scored_config(config) -> tg.GPTConfig:
 @pytest.fixture(scope="module")
 def model(scored_config, random_model) -> tg.GPT:
     return random_model(scored_config)
+
+
+@pytest.fixture(scope="module")
+def record_model(record_config, random_model) -> tg.GPT:
+    """With all techniques, in 3 layers run as 0 0 1 2: what looks back is what windows and rows could disturb."""
+    parts = {"num_layers": 3, "num_loops": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 2}
+    return random_model(dataclasses.replace(record_config, vocab_size=320, **parts))
+
+
+@pytest.fixture(scope="module")
+def short_documents() -> tg.ValSplit:
+    """500 tokens that begin in the middle of a document and end with a BOS; every fifth document is empty."""
+    rng = np.random.default_rng(0)
+    lengths = [0 if i % 5 == 0 else int(n) for i, n in enumerate(rng.integers(1, 40, 40))]
+    documents = [[BOS, *rng.integers(2, 320, n)] for n in lengths]
+    tokens = [*rng.integers(2, 320, 7), *(token for document in documents for token in document)]
+    ids = np.array([*tokens[:499], BOS], np.uint16)
+    return tg.ValSplit(ids, (ids % 5).astype(np.uint16), {"partial": False})
 
 
 def counted(sp: spm.SentencePieceProcessor, texts: list[str]) -> tuple[int, int]:
@@ -106,22 +125,86 @@ def test_tokenizer_with_a_space_inside_a_piece_is_refused(train_tokenizer, docum
         tg.piece_bytes(sp, np.array([1, 5], np.uint16))
 
 
-@given(n=st.integers(0, 200), seq_len=st.integers(1, 50), data=st.data())
-def test_windows_score_every_target_exactly_once(n, seq_len, data):
-    """Whatever the context and stride, the tail included; and no window reads more than its context."""
-    stride = data.draw(st.integers(1, seq_len))
-    windows = list(tg.scoring_windows(n, seq_len, stride))
-    assert [t for _, first, last in windows for t in range(first, last)] == list(range(1, n))
+# ------------------------------------------------ windows and rows ------------------------------------------------
+
+
+@st.composite
+def texts(draw) -> np.ndarray:
+    """Tokens of a split: documents of any length, empty ones too; it may begin in the middle of one."""
+    lengths = draw(st.lists(st.integers(0, 60), max_size=12))
+    documents = [[BOS, *range(2, 2 + n)] for n in lengths]
+    tokens = draw(st.lists(st.just(9), min_size=int(not lengths), max_size=5)) + [t for d in documents for t in d]
+    return np.array(tokens, np.uint16)
+
+
+@st.composite
+def evaluations(draw, **fixed: object) -> dict[str, object]:
+    """Settings of the config that the score must not depend on, but for what a model with a context sees."""
+    seq_len = draw(st.integers(1, 50))
+    return {
+        "eval_seq_len": seq_len,
+        "eval_stride": draw(st.integers(0, seq_len)),
+        "eval_method": draw(st.sampled_from(["document", "flat"])),
+        "document_masks": draw(st.booleans()),
+        **fixed,
+    }
+
+
+@settings(max_examples=300)
+@given(texts(), evaluations())
+def test_windows_score_every_target_exactly_once(config, ids, changes):
+    """Whatever the documents, context and stride, BOS and tail included; no window reads more than its context, and
+    all but the first of a text have what the stride leaves of it."""
+    config = dataclasses.replace(config, **changes)
+    windows, seq_len = list(tg.scoring_windows(ids, config)), config.eval_seq_len
+    kept = seq_len - (config.eval_stride or seq_len)
+    assert [t for _, first, last in windows for t in range(first, last)] == list(range(1, len(ids)))
     for start, first, last in windows:
-        assert 0 <= start < first < last <= n
+        assert 0 <= start < first < last <= len(ids)
         assert last - 1 - start <= seq_len  # ids[start : last - 1] are fed
-        assert start == 0 or first - start > seq_len - stride  # all but the split's start sees enough
+        text_starts = start == 0 or (config.eval_method == "document" and ids[start] == BOS)
+        assert text_starts or first - start > kept
+
+
+@given(texts(), evaluations(eval_method="document"))
+def test_window_of_a_document_reads_nothing_before_it(config, ids, changes):
+    """Its targets are the document's tokens and the BOS of the next one, which ends it."""
+    for start, first, last in tg.scoring_windows(ids, dataclasses.replace(config, **changes)):
+        assert start >= max(t for t in range(first) if t == 0 or ids[t] == BOS)
+        assert not (ids[start + 1 : last - 1] == BOS).any()
+
+
+@settings(max_examples=300)
+@given(texts(), evaluations())
+def test_rows_hold_all_windows_in_order_and_only_documents_kept_apart_share_one(config, ids, changes):
+    """A row is as long as the context. A window that continues a document begins its row: what is before it there
+    would be taken for its beginning."""
+    config = dataclasses.replace(config, **changes)
+    windows = list(tg.scoring_windows(ids, config))
+    rows = tg.pack_rows(iter(windows), ids, config)
+    assert [window for row in rows for window in row] == windows
+    for row in rows:
+        assert 1 <= sum(last - 1 - start for start, _, last in row) <= config.eval_seq_len
+        assert all(config.document_masks and ids[start] == BOS for start, _, _ in row[1:])
+
+
+def test_short_documents_fill_rows(config):
+    """What packing is for: 100 documents of 10 tokens in rows of 64, six in each."""
+    ids = np.array([BOS, *range(2, 11)] * 100 + [BOS], np.uint16)
+    config = dataclasses.replace(config, eval_seq_len=64, eval_method="document", document_masks=True)
+    assert len(tg.pack_rows(tg.scoring_windows(ids, config), ids, config)) == 17
+    config = dataclasses.replace(config, document_masks=False)
+    assert len(tg.pack_rows(tg.scoring_windows(ids, config), ids, config)) == 100
+
+
+# ----------------------------------------------------- the score -----------------------------------------------------
 
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(16, 0), (7, 3), (64, 1), (1000, 0)])
-def test_uniform_model_scores_log2_vocab_bits_per_token(split, scored_config, hp, seq_len, stride):
+@pytest.mark.parametrize("method", ["document", "flat"])
+def test_uniform_model_scores_log2_vocab_bits_per_token(split, scored_config, hp, seq_len, stride, method):
     """A model that knows nothing needs log2(V) bits per token, whatever the evaluation."""
-    config = dataclasses.replace(scored_config, eval_seq_len=seq_len, eval_stride=stride)
+    config = dataclasses.replace(scored_config, eval_seq_len=seq_len, eval_stride=stride, eval_method=method)
     score = tg.evaluate(lambda ids: torch.zeros(*ids.shape, 320), split, config, hp, tg.World())
     assert score.val_loss == pytest.approx(math.log(320), rel=1e-6)
     assert score.val_bpb == pytest.approx(math.log2(320) * 699 / int(split.bytes[1:].sum()), rel=1e-6)
@@ -133,6 +216,12 @@ def test_score_is_bits_over_bytes():
     assert (score.val_loss, score.val_bpb) == (1.0, pytest.approx(2 / math.log(2) / 3, rel=1e-15))
 
 
+def last_target(t: int, seq_len: int, stride: int) -> int:
+    """Of the window that scores target t of a text, counted from 1, were the text long: first a full context, then
+    strides."""
+    return seq_len + max(0, math.ceil((t - seq_len) / stride)) * stride
+
+
 @pytest.mark.parametrize(("seq_len", "stride"), [(16, 0), (16, 5), (33, 1), (800, 0)])
 def test_evaluate_equals_a_slow_loop_over_targets(split, scored_config, hp, model, seq_len, stride):
     """One target at a time, without batches, windows or padding: target t is scored by the window it falls into."""
@@ -141,7 +230,7 @@ def test_evaluate_equals_a_slow_loop_over_targets(split, scored_config, hp, mode
     nats = n_bytes = 0.0
     with torch.no_grad():
         for t in range(1, 150):
-            end = (t - 1) // step * step + step  # last target of the window, counted from 1
+            end = last_target(t, seq_len, step)
             context = ids[max(0, end - seq_len) : t]
             nats -= float(torch.log_softmax(model(context[None])[0, -1].double(), 0)[ids[t]])
             n_bytes += int(short.bytes[t])
@@ -149,6 +238,48 @@ def test_evaluate_equals_a_slow_loop_over_targets(split, scored_config, hp, mode
     score = tg.evaluate(model, short, config, hp, tg.World())
     assert (score.tokens, score.bytes) == (149, n_bytes)
     assert score.nats == pytest.approx(nats, rel=1e-6)
+
+
+def nats_document_by_document(model: tg.GPT, ids: torch.Tensor, seq_len: int, stride: int) -> float:
+    """In float64, one document and one target at a time: no batches, rows, windows or padding."""
+    begins = [t for t in range(len(ids)) if t == 0 or ids[t] == BOS]
+    nats = 0.0
+    for begin, end in zip(begins, [*begins[1:], len(ids) - 1], strict=True):
+        for t in range(begin + 1, end + 1):  # the BOS of the next document included
+            context = ids[max(begin, begin + last_target(t - begin, seq_len, stride) - seq_len) : t]
+            nats -= float(torch.log_softmax(model(context[None])[0, -1].double(), 0)[ids[t]])
+    return nats
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "stride", "masks"), [(16, 16, True), (16, 5, True), (200, 200, True), (16, 5, False)]
+)
+def test_score_by_documents_equals_a_slow_loop_over_documents(
+    short_documents, record_model, hp, seq_len, stride, masks
+):
+    """The number of the record: every document from its beginning, as if it were the only one."""
+    config = dataclasses.replace(record_model.config, eval_seq_len=seq_len, eval_stride=stride, document_masks=masks)
+    model = tg.GPT(config).eval()
+    model.load_state_dict(record_model.state_dict())
+    part = tg.ValSplit(short_documents.ids[:160], short_documents.bytes[:160], {"partial": False})
+    with torch.no_grad():
+        expected = nats_document_by_document(model, torch.from_numpy(part.ids.astype(np.int64)), seq_len, stride)
+    score = tg.evaluate(model, part, config, hp, tg.World())
+    assert (score.tokens, score.bytes) == (159, int(part.bytes[1:].sum()))
+    assert score.nats == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(32, 0), (64, 24), (300, 0)])
+def test_score_does_not_depend_on_packing(short_documents, record_model, hp, seq_len, stride):
+    """Rows are a matter of speed. With the masks off in the settings of the evaluation only, nothing is packed."""
+    ids = short_documents.ids
+    config = dataclasses.replace(record_model.config, eval_seq_len=seq_len, eval_stride=stride)
+    alone = dataclasses.replace(config, document_masks=False)
+    n_rows = [len(tg.pack_rows(tg.scoring_windows(ids, c), ids, c)) for c in (config, alone)]
+    assert n_rows[0] < 0.8 * n_rows[1]
+    scores = [tg.evaluate(record_model, short_documents, c, hp, tg.World()) for c in (config, alone)]
+    assert scores[0][1:] == scores[1][1:]
+    assert scores[0].nats == pytest.approx(scores[1].nats, rel=2e-6)
 
 
 def evaluate_on_ranks(monkeypatch, size: int, *args) -> tg.Score:
@@ -163,37 +294,39 @@ def evaluate_on_ranks(monkeypatch, size: int, *args) -> tg.Score:
     return [tg.evaluate(*args, tg.World(rank, size)) for rank in reversed(range(size))][-1]
 
 
-@pytest.mark.parametrize("batch", [1, 100, 160, 2000])
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize(("seq_len", "stride"), [(16, 0), (16, 7), (200, 100)])
+@pytest.mark.parametrize(("size", "batch"), [(1, 1), (1, 160), (2, 100), (3, 160), (8, 1), (8, 2000)])
+@pytest.mark.parametrize(
+    ("method", "seq_len", "stride"), [("flat", 16, 7), ("flat", 200, 100), ("document", 200, 0), ("document", 16, 5)]
+)
 def test_score_does_not_depend_on_batch_or_ranks(
-    monkeypatch, split, scored_config, hp, model, size, batch, seq_len, stride
+    monkeypatch, short_documents, record_model, hp, size, batch, method, seq_len, stride
 ):
-    """Bytes and tokens to the last one, nats to rounding; 8 ranks share 4 or 7 windows, so some have none."""
-    config = dataclasses.replace(scored_config, eval_seq_len=seq_len, eval_stride=stride)
-    whole = tg.evaluate(model, split, config, hp, tg.World())
+    """Bytes and tokens to the last one, nats to rounding; 8 ranks share as few as 3 rows, so some have none."""
+    config = dataclasses.replace(record_model.config, eval_method=method, eval_seq_len=seq_len, eval_stride=stride)
+    whole = tg.evaluate(record_model, short_documents, config, hp, tg.World())
     hp = dataclasses.replace(hp, val_batch_size=batch)
-    score = evaluate_on_ranks(monkeypatch, size, model, split, config, hp)
-    assert (score.tokens, score.bytes) == (699, int(split.bytes[1:].sum())) == (whole.tokens, whole.bytes)
+    score = evaluate_on_ranks(monkeypatch, size, record_model, short_documents, config, hp)
+    assert score[1:] == whole[1:] == (499, int(short_documents.bytes[1:].sum()), False)
     assert score.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
-@settings(max_examples=50)
-@given(st.data())
-def test_score_of_a_model_without_context_depends_on_nothing(split, scored_config, hp, data):
-    """A bigram model must score the same for every context, stride, batch and length of the split."""
-    n, seq_len = data.draw(st.integers(2, 120)), data.draw(st.integers(1, 130))
-    stride, batch = data.draw(st.integers(0, seq_len)), data.draw(st.integers(1, 500))
-    part = tg.ValSplit(split.ids[:n], split.bytes[:n] + 1, split.identity)
+@settings(max_examples=100)
+@given(texts(), evaluations(), st.integers(1, 500), st.integers(1, 4))
+def test_score_of_a_model_without_context_depends_on_nothing(scored_config, hp, ids, changes, batch, size):
+    """A bigram model must score the same for every method, context, stride, batch and number of ranks."""
+    assume(len(ids) > 1)
+    part = tg.ValSplit(ids, ids % 7 + 1, {"partial": False})
     table = torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
-    log_p, ids = torch.log_softmax(table.double(), 1), part.ids.astype(np.int64)
-    config = dataclasses.replace(scored_config, eval_seq_len=seq_len, eval_stride=stride)
-    score = tg.evaluate(lambda ids: table[ids], part, config, dataclasses.replace(hp, val_batch_size=batch), tg.World())
-    assert (score.tokens, score.bytes) == (n - 1, int(part.bytes[1:].sum()))
-    assert score.nats == pytest.approx(-float(log_p[ids[:-1], ids[1:]].sum()), rel=1e-6)
+    log_p, at = torch.log_softmax(table.double(), 1), ids.astype(np.int64)
+    config, hp = dataclasses.replace(scored_config, **changes), dataclasses.replace(hp, val_batch_size=batch)
+    with pytest.MonkeyPatch.context() as patch:
+        score = evaluate_on_ranks(patch, size, lambda ids: table[ids], part, config, hp)
+    assert (score.tokens, score.bytes) == (len(ids) - 1, int(part.bytes[1:].sum()))
+    assert score.nats == pytest.approx(-float(log_p[at[:-1], at[1:]].sum()), rel=1e-6)
 
 
-def test_every_forward_pass_has_one_shape(split, scored_config, hp):
+@pytest.mark.parametrize("method", ["document", "flat"])
+def test_every_forward_pass_has_one_shape(split, scored_config, hp, method):
     """On a GPU a second shape is a second compilation, inside the time of the evaluation."""
     shapes = set()
 
@@ -201,7 +334,7 @@ def test_every_forward_pass_has_one_shape(split, scored_config, hp):
         shapes.add(tuple(ids.shape))
         return torch.zeros(*ids.shape, 320)
 
-    config = dataclasses.replace(scored_config, eval_seq_len=16, eval_stride=5)
+    config = dataclasses.replace(scored_config, eval_seq_len=16, eval_stride=5, eval_method=method)
     tg.evaluate(logits, split, config, dataclasses.replace(hp, val_batch_size=100), tg.World())
     assert len(shapes) == 1
 

@@ -14,6 +14,21 @@ from hypothesis import strategies as st
 import train_gpt as tg
 
 ALPHABET = string.ascii_uppercase + string.digits + "_"
+PUBLISHED_SETTINGS = (
+    "VOCAB_SIZE=1024 NUM_LAYERS=9 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=2 TIE_EMBEDDINGS=1 "
+    "ROPE_BASE=10000 LOGIT_SOFTCAP=30 BOS_ID=1 EVAL_METHOD=flat EVAL_SEQ_LEN=0 EVAL_STRIDE=0 SEED=1337 "
+    "TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 ITERATIONS=20000 WARMDOWN_ITERS=1200 WARMUP_STEPS=20 "
+    "MAX_WALLCLOCK_SECONDS=600 VAL_BATCH_SIZE=524288 VAL_LOSS_EVERY=1000 TRAIN_LOG_EVERY=200 GRAD_CLIP_NORM=0 "
+    "TIED_EMBED_INIT_STD=0.005 QK_GAIN_INIT=1.5 EMBED_LR=0.6 HEAD_LR=0.008 TIED_EMBED_LR=0.05 MATRIX_LR=0.04 "
+    "SCALAR_LR=0.04 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 "
+    "MUON_BACKEND_STEPS=5 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 MAX_TOTAL_BYTES=16000000"
+)
+PUBLISHED = dict(item.split("=") for item in PUBLISHED_SETTINGS.split())
+NOT_OF_THE_RECIPE = (  # fields that change neither what is learned nor what is scored, or do not beside the others
+    "preset run_id data_path tokenizer_path out_dir artifact_dir eval_artifact compile compute_dtype "
+    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
+    "warmdown_frac"  # warmdown_iters replaces it
+)
 SETTINGS = {field.name.upper() for cls in (tg.GPTConfig, tg.Hyperparameters) for field in dataclasses.fields(cls)}
 
 
@@ -37,21 +52,62 @@ def test_every_preset_is_valid_and_names_only_settings(preset):
     assert set(re.findall(r"[A-Z][A-Z0-9_]{2,}", str(tg.PRESETS[preset]))) <= SETTINGS
 
 
-def test_baseline_has_the_published_number_of_parameters():
-    """Results are comparable with those published only if the default model is theirs."""
-    config, _ = read(PRESET="baseline")
+def n_parameters(config: tg.GPTConfig) -> int:
     with torch.device("meta"):
-        assert sum(p.numel() for p in tg.GPT(config).parameters()) == 17_059_912
+        return sum(p.numel() for p in tg.GPT(config).parameters())
+
+
+def test_baseline_has_the_published_number_of_parameters():
+    """Results are comparable with those published only if the model is theirs."""
+    assert n_parameters(read(PRESET="baseline")[0]) == 17_059_912
+
+
+def test_baseline_has_the_published_settings():
+    """Whatever this project makes the defaults, this preset stays the reference that others know."""
+    assert read(PRESET="baseline", **PUBLISHED) == read(PRESET="baseline")
+
+
+def test_baseline_has_none_of_the_techniques_that_came_later():
+    """Nor of those that are still to come: a new switch must be off here, a new number 0."""
+    config, hp = read(PRESET="baseline")
+    others = {**vars(config), **vars(hp)}.keys() - {name.lower() for name in PUBLISHED} - set(NOT_OF_THE_RECIPE.split())
+    assert {name: value for name, value in {**vars(config), **vars(hp)}.items() if name in others and value} == {}
+
+
+def test_record_has_the_published_shape_and_almost_its_number_of_parameters():
+    """The published recipe of this shape counts 35,945,673: 66 scalars for lanes, where 3 layers of 11 use 18, and 2
+    that nothing trains."""
+    config, _ = read()
+    shape = config.vocab_size, config.num_layers, config.model_dim, config.num_heads, config.num_kv_heads
+    assert shape == (8192, 11, 512, 8, 4)
+    assert (config.rope_dims, config.xsa_last_n, config.parallel_start_layer, config.num_loops) == (16, 11, 8, 2)
+    vectors = {"gain": 8, "scales": 2 * 512, "mix": 2 * 512, "gate": 8 * 12}  # of a layer
+    matrices = 2 * 512 * 512 + 2 * 256 * 512 + 2 * 4 * 512 * 512
+    rest = {"embedding": 8192 * 512, "smear": 13, "skips": 8 * 2 * 512, "lanes": 3 * 6}
+    assert n_parameters(config) == 11 * (matrices + sum(vectors.values())) + sum(rest.values()) == 35_945_623
+    assert n_parameters(config) == 35_945_673 - (66 - 18) - 2
+
+
+def another_value(field: dataclasses.Field) -> str:
+    """A valid setting that is not the default."""
+    named = {"preset": "smoke", "eval_method": "flat", "compute_dtype": "float32", "compile": "1"}
+    named |= {"model_dim": "256", "num_heads": "4", "num_kv_heads": "2", "rope_dims": "4", "train_batch_tokens": "2048"}
+    named |= {"train_seq_len": "1024"}
+    if field.name in named or isinstance(field.default, str):
+        return named.get(field.name, "other")
+    if isinstance(field.default, bool):
+        return str(int(not field.default))
+    return str(field.default + 1 if isinstance(field.default, int) else field.default / 2 or 0.5)
 
 
 def test_every_setting_is_read_back_as_written():
     """One concept, one name: the field num_layers is NUM_LAYERS, and no two classes share a name."""
-    changed = {"compute_dtype": "float32", "compile": "1", "preset": "smoke", "tie_embeddings": "0"}
     for cls in (tg.GPTConfig, tg.Hyperparameters):
         for field in dataclasses.fields(cls):
-            text = changed.get(field.name, str(getattr(cls(), field.name)))
-            text = {"True": "1", "False": "0"}.get(text, text)
-            assert str(getattr(tg.from_env(cls, {field.name.upper(): text}), field.name)) in (text, "False")
+            text = another_value(field)
+            value = getattr(tg.from_env(cls, {field.name.upper(): text}), field.name)
+            assert str(int(value) if isinstance(value, bool) else value) == text
+            assert value != field.default
     names = [{f.name for f in dataclasses.fields(cls)} for cls in (tg.GPTConfig, tg.Hyperparameters)]
     assert not names[0] & names[1]
 
@@ -87,8 +143,24 @@ def test_bool_is_0_or_1(text, value):
         ("ROPE_BASE", "nan"),
         ("LOGIT_SOFTCAP", "0"),
         ("LOGIT_SOFTCAP", "inf"),
-        ("BOS_ID", "1024"),
+        ("BOS_ID", "8192"),
         ("BOS_ID", "-1"),
+        ("LEAKY_RELU_SLOPE", "1.5"),
+        ("LEAKY_RELU_SLOPE", "-0.5"),
+        ("ROPE_DIMS", "15"),
+        ("ROPE_DIMS", "66"),  # more channels than a head has
+        ("ROPE_DIMS", "-2"),
+        ("LN_SCALE", "yes"),
+        ("XSA_LAST_N", "-1"),
+        ("PARALLEL_START_LAYER", "-1"),
+        ("NUM_LOOPS", "-1"),
+        ("NUM_LOOPS", "257"),
+        ("LOOP_START", "-1"),
+        ("LOOP_START", "6"),  # after LOOP_END
+        ("LOOP_END", "11"),
+        ("LOOP_END", "2"),  # before LOOP_START
+        ("DOCUMENT_MASKS", "2"),
+        ("EVAL_METHOD", "sliding"),
         ("EVAL_SEQ_LEN", "-1"),
         ("EVAL_STRIDE", "-1"),
         ("SEED", "1.5"),
@@ -104,6 +176,15 @@ def test_bool_is_0_or_1(text, value):
         ("MAX_WALLCLOCK_SECONDS", "-1"),
         ("MAX_WALLCLOCK_SECONDS", "nan"),
         ("MAX_WALLCLOCK_SECONDS", "ten"),
+        ("WARMDOWN_FRAC", "1.1"),
+        ("WARMDOWN_FRAC", "-0.1"),
+        ("MIN_LR", "2.0"),
+        ("ENABLE_LOOPING_AT", "35.0"),
+        ("EMA_DECAY", "1.0"),
+        ("EMA_DECAY", "-0.5"),
+        ("MUON_WD", "-0.1"),
+        ("POLAR_EXPRESS", "five"),
+        ("MUON_ROW_NORMALIZE", "-1"),
         ("MATRIX_LR", "inf"),
         ("MATRIX_LR", "-0.1"),
         ("COMPUTE_DTYPE", "float16"),
@@ -115,6 +196,23 @@ def test_bool_is_0_or_1(text, value):
 def test_wrong_value_is_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(value)}"):
         read(**{name: value})
+
+
+def test_lanes_may_not_begin_inside_the_loop():
+    """The second pass would start from one lane and drop the other without a word."""
+    for start in (4, 5):
+        with pytest.raises(ValueError, match=f"PARALLEL_START_LAYER={start} must not lie inside the loop"):
+            read(PARALLEL_START_LAYER=str(start))
+    for start in (0, 1, 3, 6):
+        assert read(PARALLEL_START_LAYER=str(start))[0].parallel_start_layer == start
+    assert read(PARALLEL_START_LAYER="4", NUM_LOOPS="0")[0].parallel_start_layer == 4
+
+
+def test_loop_that_is_off_may_name_layers_that_are_not_there():
+    """A small model needs one setting for it, not three; the message says which."""
+    with pytest.raises(ValueError, match=r"LOOP_START=3 LOOP_END=5 .*NUM_LAYERS=4.*NUM_LOOPS=0"):
+        read(NUM_LAYERS="4")
+    assert read(NUM_LAYERS="4", NUM_LOOPS="0")[0].layer_order(looping=True) == [0, 1, 2, 3]
 
 
 def test_stride_beyond_the_context_is_refused():

@@ -77,11 +77,11 @@ def test_read_crosses_edges_of_shards_as_if_there_were_none(split, start, count)
     assert np.array_equal(stream.read(start, count), tokens[start : start + count])
 
 
-def test_missing_data_message_holds_commands_that_make_it(tmp_path):
+def test_missing_data_message_names_the_scripts_that_make_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         tg.TokenStream(str(tmp_path), "fineweb_train_[0-9]*.bin")
     assert str(tmp_path) in str(caught.value)
-    assert len(re.findall(r"python data/\w+\.py", str(caught.value))) >= 2
+    assert len(re.findall(r"data/\w+\.py", str(caught.value))) >= 2
 
 
 def batches(split, hp, world: tg.World, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -101,6 +101,32 @@ def test_step_holds_the_same_tokens_for_any_ranks_and_micro_batches(split, hp, s
         assert torch.cat([t for _, t in pairs]).tolist() == [tokens[s + 1 : s + 17].tolist() for s in starts]
         limit = max(1, math.ceil(micro / 16)) if micro else 8
         assert all(len(ids) <= limit for ids, _ in pairs)
+
+
+def first_tokens(split, hp, world: tg.World, steps: range) -> list[int]:
+    """Of every sequence of these steps; all tokens of the split differ, so that they tell which sequence it is."""
+    return [int(token) for step in steps for ids, _ in batches(split, hp, world, step) for token in ids[:, 0]]
+
+
+def test_shuffled_epoch_reads_every_sequence_once_in_an_order_of_its_own(split, hp):
+    """62 steps of 8 are 16 epochs of 31 sequences; another seed or epoch is another order."""
+    hp, orders = dataclasses.replace(hp, shuffle=True), set[tuple[int, ...]]()
+    for seed in (1, 2):
+        tokens = first_tokens(split, dataclasses.replace(hp, seed=seed), tg.World(), range(62))
+        epochs = [tuple(tokens[i : i + 31]) for i in range(0, 62 * 8, 31)]
+        assert all(sorted(epoch) == list(range(0, 31 * 16, 16)) for epoch in epochs)
+        orders |= {tuple(range(0, 31 * 16, 16)), *epochs}
+    assert len(orders) == 1 + 2 * 16
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_shuffled_step_holds_the_same_tokens_for_any_ranks(split, hp, size):
+    """In the same order too: step 3 crosses into the next epoch."""
+    hp = dataclasses.replace(hp, shuffle=True)
+    for step in range(9):
+        one = range(step, step + 1)
+        ranks = [token for rank in range(size) for token in first_tokens(split, hp, tg.World(rank, size), one)]
+        assert ranks == first_tokens(split, hp, tg.World(), one)
 
 
 def test_micro_batches_of_a_rank_are_of_almost_equal_size(split, hp):

@@ -1,67 +1,149 @@
-"""The model against a second implementation, written from its description in float64."""
+"""The model against a second implementation, written from its description in float64, and against what it promises."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import train_gpt as tg
+
+RECORD_ORDER = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+BOS = 1
 
 
 @pytest.fixture
 def ids(config):
-    return torch.randint(config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
+    """Rows with BOS at the first, the last and adjacent positions, without any, and late in a document's middle."""
+    rows = torch.randint(2, config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
+    rows[0, [0, 5, 6, 15]] = BOS
+    rows[2, 9] = BOS
+    return rows
+
+
+@pytest.fixture(params=["baseline", "record", "record, not looped yet"])
+def any_model(request, config, record_config, random_model):
+    model = random_model(config if request.param == "baseline" else record_config)
+    model.looping = request.param == "record"
+    return model
+
+
+# --------------------------------------------- the second implementation ---------------------------------------------
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
 
-def reference_attention(x, w, config, prefix):
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def first_seen(ids: torch.Tensor, config: tg.GPTConfig) -> list[int]:
+    """The first position that each position may attend to."""
+    positions, start = [], 0
+    for t, token in enumerate(ids.tolist()):
+        start = t if config.document_masks and token == config.bos_id else start
+        positions.append(start)
+    return positions
+
+
+def reference_attention(x, w, config, layer, first):
     """One query at a time and one head at a time, rotary positions as complex numbers."""
-    n_heads, n_kv, size = config.num_heads, config.num_kv_heads, config.model_dim // config.num_heads
-    T = x.size(0)
+    prefix, size = f"blocks.{layer}.attn", config.model_dim // config.num_heads
+    T, turning = x.size(0), config.rope_dims or size
+    half = turning // 2
     turn = torch.tensor(
-        [[t * config.rope_base ** (-2 * i / size) for i in range(size // 2)] for t in range(T)], dtype=torch.float64
+        [[t * config.rope_base ** (-2 * i / turning) for i in range(half)] for t in range(T)], dtype=torch.float64
     )
 
     def rope(head: torch.Tensor) -> torch.Tensor:
-        z = torch.complex(head[:, : size // 2], head[:, size // 2 :]) * torch.polar(torch.ones_like(turn), -turn)
-        return torch.cat((z.real, z.imag), dim=1)
+        z = torch.complex(head[:, :half], head[:, half:turning]) * torch.polar(torch.ones_like(turn), -turn)
+        return torch.cat((z.real, z.imag, head[:, turning:]), dim=1)
 
     q, k, v = (x @ w[f"{prefix}.{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
-    heads = []
-    for h in range(n_heads):
-        group = h // (n_heads // n_kv)
+    out = torch.zeros(T, config.model_dim, dtype=torch.float64)
+    for h in range(config.num_heads):
+        group = h // (config.num_heads // config.num_kv_heads)
         mine, theirs = slice(h * size, (h + 1) * size), slice(group * size, (group + 1) * size)
         query = rope(rms(q[:, mine])) * w[f"{prefix}.q_gain"][h]
         key, value = rope(rms(k[:, theirs])), v[:, theirs]
-        rows = [torch.softmax(key[: t + 1] @ query[t] / math.sqrt(size), 0) @ value[: t + 1] for t in range(T)]
-        heads.append(torch.stack(rows))
-    return torch.cat(heads, dim=1) @ w[f"{prefix}.proj.weight"].T
+        for t in range(T):
+            seen = slice(first[t], t + 1)
+            y = torch.softmax(key[seen] @ query[t] / math.sqrt(size), 0) @ value[seen]
+            if layer >= config.num_layers - config.xsa_last_n:
+                u = value[t] / value[t].square().sum().sqrt()
+                y = y - (y @ u) * u
+            if config.sparse_attn_gate_enabled:
+                y = y * sigmoid(w[f"{prefix}.gate.weight"][h] @ x[t, :12])
+            out[t, mine] = y
+    return out @ w[f"{prefix}.proj.weight"].T
 
 
-def reference_logits(model: tg.GPT, ids: torch.Tensor) -> torch.Tensor:
+def reference_block(x, y, x0, w, config, layer, first):
+    """-> the streams that attention and MLP of the next layer read"""
+    b, scale = f"blocks.{layer}", 1 / math.sqrt(layer + 1) if config.ln_scale else 1
+
+    def mlp(z: torch.Tensor) -> torch.Tensor:
+        hidden = (scale * rms(z)) @ w[f"{b}.mlp.fc.weight"].T
+        squared = torch.where(hidden > 0, hidden**2, config.leaky_relu_slope**2 * hidden**2)
+        return w[f"{b}.mlp_scale"] * (squared @ w[f"{b}.mlp.proj.weight"].T)
+
+    mixed = w[f"{b}.resid_mix"][0] * x + w[f"{b}.resid_mix"][1] * x0
+    attn = w[f"{b}.attn_scale"] * reference_attention(scale * rms(mixed), w, config, layer, first)
+    if not 0 < config.parallel_start_layer <= layer:
+        x = mixed + attn
+        x = x + mlp(x)
+        return x, x
+    (keep_x, attn_x, mlp_x), (keep_y, attn_y, mlp_y) = w[f"{b}.lanes"]
+    m = mlp(y)
+    return keep_x * x + attn_x * attn + mlp_x * m, keep_y * y + attn_y * attn + mlp_y * m
+
+
+def reference_embedding(ids, w, config):
+    e = w["tok_emb.weight"][ids]
+    smeared = e.clone()
+    if config.smear_gate_enabled:
+        for t in range(1, len(ids)):
+            if ids[t] != config.bos_id:
+                smeared[t] = e[t] + w["smear_scale"] * sigmoid(w["smear_gate.weight"][0] @ e[t, :12]) * e[t - 1]
+    return rms(smeared)
+
+
+def reference_logits(model: tg.GPT, ids: torch.Tensor, looping: bool = True) -> torch.Tensor:
     """(T,) int64 -> (T, V) float64, from the description: U-net of blocks over a normalised embedding."""
     config, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    x0 = rms(w["tok_emb.weight"][ids])
-    x, stack, half = x0, [], config.num_layers // 2
-    for i in range(config.num_layers):
+    order = list(range(config.num_layers))
+    if looping and config.num_loops:
+        loop = list(range(config.loop_start, config.loop_end + 1))
+        order = order[: loop[0]] + (1 + config.num_loops) * loop + order[loop[-1] + 1 :]
+    x0, first, stack, half = reference_embedding(ids, w, config), first_seen(ids, config), [], len(order) // 2
+    x = y = x0
+    for i, layer in enumerate(order):
         if i >= half and stack:
-            x = x + w["skip_weights"][i - half] * stack.pop()
-        b = f"blocks.{i}"
-        x = w[f"{b}.resid_mix"][0] * x + w[f"{b}.resid_mix"][1] * x0
-        x = x + w[f"{b}.attn_scale"] * reference_attention(rms(x), w, config, f"{b}.attn")
-        hidden = torch.clamp(rms(x) @ w[f"{b}.mlp.fc.weight"].T, min=0) ** 2
-        x = x + w[f"{b}.mlp_scale"] * (hidden @ w[f"{b}.mlp.proj.weight"].T)
+            skip = w["skip_weights"][i - half] * stack.pop()
+            gate = sigmoid(w["skip_gates"][i - half]) if config.skip_gates_enabled else None
+            x = x + skip if gate is None else gate * x + (1 - gate) * skip  # into the lane of attention only
+        x, y = reference_block(x, y, x0, w, config, layer, first)
         if i < half:
             stack.append(x)
     out = w["tok_emb.weight"] if config.tie_embeddings else w["lm_head.weight"]
-    return config.logit_softcap * torch.tanh(rms(x) @ out.T / config.logit_softcap)
+    return config.logit_softcap * torch.tanh(rms((x + y) / 2) @ out.T / config.logit_softcap)
+
+
+def assert_equals_reference(model: tg.GPT, ids: torch.Tensor, looping: bool = True) -> None:
+    model.looping = looping
+    expected = torch.stack([reference_logits(model, row, looping) for row in ids])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).double(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -73,55 +155,351 @@ def reference_logits(model: tg.GPT, ids: torch.Tensor) -> torch.Tensor:
         {"num_kv_heads": 4},
         {"num_kv_heads": 1, "rope_base": 100.0},
         {"tie_embeddings": False},
+        {"leaky_relu_slope": 0.5},
+        {"rope_dims": 4},
+        {"rope_dims": 2, "rope_base": 10.0},
+        {"rope_dims": 8},
+        {"ln_scale": True},
+        {"xsa_last_n": 2},
+        {"xsa_last_n": 200, "num_kv_heads": 1},
+        {"sparse_attn_gate_enabled": True},
+        {"smear_gate_enabled": True},
+        {"smear_gate_enabled": True, "sparse_attn_gate_enabled": True, "model_dim": 8},  # fewer than 12 channels
+        {"skip_gates_enabled": True},
+        {"parallel_start_layer": 4},
+        {"parallel_start_layer": 1},  # skips come from the lane of attention and go to it
+        {"document_masks": True},
+        {"num_loops": 1, "loop_start": 2, "loop_end": 2},
+        {"num_loops": 2, "loop_start": 1, "loop_end": 3},
+        {"num_loops": 3, "loop_start": 0, "loop_end": 4, "ln_scale": True, "skip_gates_enabled": True},
+        {"num_loops": 2, "loop_start": 3, "loop_end": 4, "parallel_start_layer": 3, "xsa_last_n": 1},
     ],
     ids=str,
 )
 def test_logits_equal_those_of_an_independent_implementation(config, random_model, ids, changes):
-    model = random_model(dataclasses.replace(config, **changes))
-    expected = torch.stack([reference_logits(model, row) for row in ids])
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).double(), expected, atol=1e-4, rtol=0)
+    """Every technique alone on top of the baseline; the tolerance is the rounding of float32."""
+    assert_equals_reference(random_model(dataclasses.replace(config, **changes)), ids)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False, "num_kv_heads": 1}, {"document_masks": False, "parallel_start_layer": 1}]
+)
+def test_logits_with_all_techniques_equal_those_of_the_independent_implementation(
+    record_config, random_model, ids, looping, changes
+):
+    assert_equals_reference(random_model(dataclasses.replace(record_config, **changes)), ids, looping)
+
+
+def test_logits_of_a_long_row_equal_those_of_the_independent_implementation(record_config, random_model):
+    """Long enough for several blocks of queries, with documents that end inside of them and at their edges."""
+    row = torch.randint(2, 64, (1, 290), generator=torch.Generator().manual_seed(2))
+    row[0, [3, 120, 128, 129, 250]] = BOS
+    assert_equals_reference(random_model(dataclasses.replace(record_config, num_loops=0)), row)
+
+
+# --------------------------------------------- what no token may look at ---------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_no_logit_sees_a_later_token(config, random_model, ids, dtype, tied):
+def test_no_logit_sees_a_later_token(any_model, random_model, ids, dtype, tied):
     """A model that sees its target scores a perfect and worthless bpb; equality is exact."""
-    model = random_model(dataclasses.replace(config, tie_embeddings=tied))
-    model.compute_dtype = dtype
+    model = random_model(dataclasses.replace(any_model.config, tie_embeddings=tied))
+    model.compute_dtype, model.looping = dtype, any_model.looping
     with torch.no_grad():
         before = model(ids)
         for t in range(1, ids.size(1)):
             changed = ids.clone()
-            changed[:, t:] = (changed[:, t:] + 1 + t) % config.vocab_size
+            changed[:, t:] = (changed[:, t:] + 1 + t) % model.config.vocab_size
             after = model(changed)
             assert torch.equal(after[:, :t], before[:, :t])
             assert not torch.equal(after[:, t:], before[:, t:])
 
 
-def test_rows_of_a_batch_do_not_see_each_other(config, random_model, ids):
-    model = random_model(config)
+def test_gradient_of_a_loss_reaches_no_later_token(record_config, random_model):
+    """The same for training, over several blocks of queries: no loss teaches the embedding of what it predicts from
+    what comes after. Token t is t + 2, so that rows of the embedding are positions."""
+    model = random_model(dataclasses.replace(record_config, vocab_size=400, tie_embeddings=False))
+    ids = torch.arange(2, 302)[None]
+    for t in (0, 127, 128, 200, 299):
+        model.zero_grad()
+        model(ids)[0, t, 5].backward()
+        seen = model.tok_emb.weight.grad.any(1)
+        assert bool(seen[2 : t + 3].all())
+        assert not bool(seen[t + 3 :].any())
+
+
+def test_rows_of_a_batch_do_not_see_each_other(any_model, ids):
     changed = ids.clone()
-    changed[1] = (changed[1] + 1) % config.vocab_size
+    changed[1] = (changed[1] + 1) % 64
     with torch.no_grad():
-        before, after = model(ids), model(changed)
+        before, after = any_model(ids), any_model(changed)
     assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert not torch.equal(before[1], after[1])
+
+
+def packed(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, list[slice]]:
+    """A row of documents of these lengths, each after a BOS. -> (1, T) ids, where the documents are"""
+    ids = torch.randint(2, 64, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    ids[0, starts] = BOS
+    return ids, [slice(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 9, 1, 1, 12), (100, 60, 130, 3, 140)])
+def test_document_of_a_packed_row_gets_the_logits_it_gets_alone(record_config, random_model, lengths):
+    """Only then is the score of a packed evaluation that of one document after the other."""
+    model, (ids, documents) = random_model(record_config), packed(*lengths)
+    with torch.no_grad():
+        together = model(ids)
+        for where in documents:
+            torch.testing.assert_close(together[:, where], model(ids[:, where]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 9, 1, 1, 12), (100, 60, 130, 3, 140)])
+def test_logits_of_a_document_do_not_change_with_its_neighbours(record_config, random_model, lengths):
+    """Not by a bit: what is masked is absent, and every technique that looks back stops at the BOS."""
+    model, (ids, documents), (others, _) = random_model(record_config), packed(*lengths), packed(*lengths, seed=1)
+    with torch.no_grad():
+        before = model(ids)
+        for where in documents:
+            changed = others.clone()
+            changed[:, where] = ids[:, where]
+            assert torch.equal(model(changed)[:, where], before[:, where])
+
+
+def test_baseline_looks_across_documents(config, random_model):
+    """As the published one does; the tests above would pass on a model that looks nowhere."""
+    ids, documents = packed(8, 8)
+    changed = ids.clone()
+    changed[0, 3] = 2 + (changed[0, 3] - 1) % 62
+    model = random_model(config)
+    with torch.no_grad():
+        assert not torch.equal(model(ids)[:, documents[1]], model(changed)[:, documents[1]])
+
+
+def test_smear_gate_never_mixes_across_a_bos(record_config, random_model):
+    """The token before a BOS belongs to another document; any other token is mixed into the next one."""
+    model, (ids, _) = random_model(record_config), packed(5, 1, 1, 4)
+    with torch.no_grad():
+        before = model.embed(ids)
+        for t in range(ids.size(1) - 1):
+            changed = ids.clone()
+            changed[0, t] = 2 + (changed[0, t] + 1) % 60
+            after = model.embed(changed)
+            moved = [i for i in range(ids.size(1)) if not torch.equal(after[0, i], before[0, i])]
+            assert moved == ([t] if ids[0, t + 1] == BOS else [t, t + 1])
+
+
+# ------------------------------------------------- the techniques -------------------------------------------------
+
+
+def read_by_heads(model: tg.GPT, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For every attention that runs: what its heads read, before the output matrix, and their own values, both
+    (B, T, H, E)"""
+    values, read, config = [], [], model.config
+    repeat = config.num_heads // config.num_kv_heads
+    hooks = []
+    for block in model.blocks:
+        hooks.append(block.attn.c_v.register_forward_hook(lambda module, args, out: values.append(out)))
+        hooks.append(block.attn.proj.register_forward_pre_hook(lambda module, args: read.append(args[0])))
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return [
+        (y.unflatten(-1, (-1, config.head_dim)), v.unflatten(-1, (-1, config.head_dim)).repeat_interleave(repeat, 2))
+        for y, v in zip(read, values, strict=True)
+    ]
+
+
+def test_what_a_head_reads_is_orthogonal_to_its_own_value_in_the_last_layers(record_config, random_model, ids):
+    """Exclusive self attention: a token learns from others only. A document's first one has no others."""
+    order = record_config.layer_order(looping=True)
+    first = (ids == BOS) | (torch.arange(16) == 0)
+    layers = read_by_heads(random_model(record_config), ids)
+    assert len(layers) == len(order)
+    for layer, (y, v) in zip(order, layers, strict=True):
+        along = (y * v).sum(-1) / v.norm(dim=-1)
+        if layer == 0:  # of 7 layers the last 6 are exclusive
+            assert float(along[first].abs().min()) > 1e-3
+            continue
+        assert float(along.abs().max()) < 1e-5
+        assert float(y[first].abs().max()) < 1e-5
+        assert float(y[~first].abs().amax(-1).min()) > 1e-4
+
+
+def test_layers_run_in_the_order_of_the_description():
+    """First pass and extra passes through layers 3 to 5 of 11; the first half feeds the second, last to first."""
+    config = tg.GPTConfig()
+    assert config.layer_order(looping=True) == RECORD_ORDER
+    assert config.layer_order(looping=False) == list(range(11))
+    assert tg.GPT(dataclasses.replace(config, model_dim=32, rope_dims=4, vocab_size=8)).skip_weights.shape == (8, 32)
+
+
+def unrolled(model: tg.GPT, order: list[int], **changes: object) -> tg.GPT:
+    """A model without loops whose blocks are copies of those of `model`, in this order.
+
+    The scale of a layer's normalised inputs goes by the number of the layer it is a copy of, which the new model does
+    not know: it goes into the matrices that read them.
+    """
+    config = dataclasses.replace(model.config, num_layers=len(order), num_loops=0, ln_scale=False, **changes)
+    other = tg.GPT(config)
+    state = {n: p for n, p in model.state_dict().items() if not n.startswith(("blocks.", "skip_"))}
+    other.load_state_dict(state, strict=False)
+    n_skips = len(order) // 2
+    other.skip_weights = nn.Parameter(model.skip_weights.detach()[:n_skips].clone())
+    other.skip_gates = nn.Parameter(model.skip_gates.detach()[:n_skips].clone())
+    other.blocks = nn.ModuleList(copy.deepcopy(model.blocks[layer]) for layer in order)
+    for layer, block in zip(order, other.blocks, strict=True):
+        readers = (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.gate, block.mlp.fc)
+        with torch.no_grad():
+            torch._foreach_mul_([reader.weight for reader in readers], (layer + 1) ** -0.5)
+    return other
+
+
+@pytest.fixture
+def eleven_layers(record_config, random_model) -> tg.GPT:
+    """The record but for its width."""
+    whole = {"num_layers": 11, "xsa_last_n": 11, "parallel_start_layer": 8, "loop_start": 3, "loop_end": 5}
+    return random_model(dataclasses.replace(record_config, **whole))
+
+
+@pytest.mark.parametrize(
+    ("looping", "order", "lanes_from"), [(True, RECORD_ORDER, 14), (False, list(range(11)), 8)], ids=["on", "off"]
+)
+def test_looped_layers_equal_copies_that_share_their_weights(eleven_layers, ids, looping, order, lanes_from):
+    """Logits, and gradients too: that of a shared matrix is the sum of those of its copies."""
+    eleven_layers.looping = looping
+    other = unrolled(eleven_layers, order, parallel_start_layer=lanes_from, xsa_last_n=len(order))
+    torch.testing.assert_close(eleven_layers(ids), other(ids), atol=2e-5, rtol=0)
+    for model in (eleven_layers, other):
+        model.loss(ids, ids.flip(1)).backward()
+    for layer, block in enumerate(eleven_layers.blocks):
+        copies = [other.blocks[i] for i, source in enumerate(order) if source == layer]
+        for name, p in block.named_parameters():
+            if name.endswith("proj.weight") or p.ndim == 1:  # the others are scaled in the copies
+                total = sum(dict(c.named_parameters())[name].grad for c in copies)
+                torch.testing.assert_close(p.grad, total, atol=2e-5, rtol=2e-3)
+    used = len(order) // 2
+    torch.testing.assert_close(eleven_layers.skip_gates.grad[:used], other.skip_gates.grad, atol=2e-5, rtol=2e-3)
+    assert not eleven_layers.skip_gates.grad[used:].any()
+
+
+def test_model_without_loops_is_the_looped_one_before_it_loops(eleven_layers, ids):
+    """To the bit: switching the loop off at first must change nothing else."""
+    other = tg.GPT(dataclasses.replace(eleven_layers.config, num_loops=0))
+    state = eleven_layers.state_dict()
+    cut = {name: p[:5] for name, p in state.items() if name.startswith("skip_")}
+    other.load_state_dict({**state, **cut})
+    eleven_layers.looping = False
+    with torch.no_grad():
+        assert torch.equal(eleven_layers(ids), other(ids))
+
+
+def initialised(config: tg.GPTConfig, hp: tg.Hyperparameters) -> tg.GPT:
+    model = tg.GPT(config)
+    tg.init_weights(model, hp)
+    return model
+
+
+def test_gates_start_half_open_and_nothing_is_smeared(record_config, record_hp, ids):
+    """Half the stream and half the skip; half of what a head reads; the embedding of a token alone."""
+    model = initialised(record_config, record_hp)
+    x, skip = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        for index in range(len(model.skip_weights)):
+            torch.testing.assert_close(model.merge_skip(x, skip, index), (x + skip) / 2, atol=1e-6, rtol=0)
+        for block in model.blocks:
+            assert torch.equal(block.attn.gate(x), torch.full((3, 16, 4), 0.5))
+        plain = initialised(dataclasses.replace(record_config, smear_gate_enabled=False), record_hp)
+        assert torch.equal(model.embed(ids), plain.embed(ids))
+
+
+def test_scalars_start_at_the_values_of_the_description(record_config, record_hp):
+    """Streams pass unchanged, but for the lanes, which keep 1.1 of themselves and take all of attention and MLP."""
+    model = initialised(record_config, dataclasses.replace(record_hp, qk_gain_init=5.25))
+    lane, one, zero = torch.tensor([1.1, 1.0, 1.0]), torch.ones(32), torch.zeros(32)
+    assert torch.equal(model.skip_weights, torch.ones(5, 32))
+    for layer, block in enumerate(model.blocks):
+        assert torch.equal(block.resid_mix, torch.stack((one, zero)))
+        assert torch.equal(block.attn_scale, one)
+        assert torch.equal(block.mlp_scale, one)
+        assert torch.equal(block.attn.q_gain, torch.full((4,), 5.25))
+        assert block.lanes is None if layer < 5 else torch.equal(block.lanes, torch.stack((lane, lane)))
+
+
+def test_new_model_predicts_as_if_it_had_no_layers(record_config, record_hp, ids):
+    """Whatever the skips, lanes and loops: every block starts as the identity, up to a factor."""
+    model = initialised(record_config, record_hp)
+    e = model.tok_emb.weight.detach().double()
+    expected = 5 * torch.tanh(rms(rms(e[ids])) @ e.T / 5)
+    for model.looping in (False, True):
+        torch.testing.assert_close(model(ids).detach().double(), expected, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------- attention block by block ----------------------------------------------
+
+
+@st.composite
+def attention_inputs(draw):
+    """q, k, v with more heads for q, and the number of the document that each position is in."""
+    T, groups, kv_heads, B = (draw(st.integers(1, top)) for top in (400, 3, 2, 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    q = torch.randn(B, groups * kv_heads, T, 8, generator=generator)
+    k, v = torch.randn(2, B, kv_heads, T, 8, generator=generator).unbind()
+    begins = torch.rand(B, T, generator=generator) < draw(st.sampled_from([0.0, 0.01, 0.1, 1.0]))
+    return q, k, v, begins.cumsum(1)
+
+
+@settings(max_examples=40)
+@given(attention_inputs())
+def test_attention_in_blocks_equals_that_of_torch(inputs):
+    """Outputs and gradients, for documents of any length and shared keys; the mask is built here, pair by pair."""
+    q, k, v, document = inputs
+    position = torch.arange(q.size(2))
+    seen = (document[:, None, :, None] == document[:, None, None, :]) & (position[:, None] >= position)
+    repeat = q.size(1) // k.size(1)
+    results = []
+    for ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        if ours:
+            y = tg.attend_in_blocks(*leaves, tg.attention_mask(document, torch.float32))
+        else:
+            keys, values = (x.repeat_interleave(repeat, 1) for x in leaves[1:])
+            y = F.scaled_dot_product_attention(leaves[0], keys, values, attn_mask=seen)
+        (y * torch.arange(8.0)).sum().backward()
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_without_a_mask_is_causal():
+    """What a GPU may take a faster way for."""
+    q = torch.randn(2, 4, 150, 8, generator=torch.Generator().manual_seed(0))
+    k, v = torch.randn(2, 2, 2, 150, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    mask = tg.attention_mask(torch.zeros(1, 150, dtype=torch.int64), torch.float32)
+    torch.testing.assert_close(tg.attend(q, k, v, None), tg.attend(q, k, v, mask), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------- the rest ----------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 16), (1, 40)])
-def test_logits_are_float32_of_every_position_and_within_the_softcap(config, random_model, shape):
-    model = random_model(dataclasses.replace(config, logit_softcap=0.5))
+def test_logits_are_float32_of_every_position_and_within_the_softcap(any_model, random_model, shape):
+    model = random_model(dataclasses.replace(any_model.config, logit_softcap=0.5))
     model.compute_dtype = torch.bfloat16
     with torch.no_grad():
         logits = model(torch.zeros(shape, dtype=torch.int64))
-    assert (logits.shape, logits.dtype) == ((*shape, config.vocab_size), torch.float32)
+    assert (logits.shape, logits.dtype) == ((*shape, model.config.vocab_size), torch.float32)
     assert 0.4 < float(logits.abs().max()) <= 0.5
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_is_the_mean_cross_entropy_of_the_logits(config, random_model, ids, tied):
+def test_loss_is_the_mean_cross_entropy_of_the_logits(any_model, random_model, ids, tied):
     """Training and evaluation take different ways through the model and must mean the same."""
-    model = random_model(dataclasses.replace(config, tie_embeddings=tied))
+    model = random_model(dataclasses.replace(any_model.config, tie_embeddings=tied))
     with torch.no_grad():
         log_p = F.log_softmax(model(ids[:, :-1]).double(), dim=-1)
         expected = -log_p.gather(-1, ids[:, 1:, None]).mean()
@@ -129,48 +507,93 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits(config, random_model, ids,
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_initialised_and_the_same_for_the_same_seed(config, hp, tied):
+def test_every_parameter_is_initialised_and_the_same_for_the_same_seed(any_model, hp, tied):
     """A parameter left as it was allocated makes runs differ in ways that no seed repeats."""
-    config = dataclasses.replace(config, tie_embeddings=tied)
+    config = dataclasses.replace(any_model.config, tie_embeddings=tied)
 
-    def initialised(seed: int) -> tg.GPT:
+    def parameters(seed: int) -> dict[str, torch.Tensor]:
         model = tg.GPT(config)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(math.nan)
         tg.init_weights(model, dataclasses.replace(hp, seed=seed))
-        return model
+        return dict(model.named_parameters())
 
-    first, again, other = (dict(initialised(seed).named_parameters()) for seed in (1, 1, 2))
+    first, again, other = (parameters(seed) for seed in (1, 1, 2))
     assert all(bool(p.isfinite().all()) for p in first.values())
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
 
 
-def test_new_untied_model_is_uniform(config, hp, ids):
+def test_new_untied_model_is_uniform(any_model, hp, ids):
     """The output matrix starts at zero: the first loss is log(V), a check that anyone can make in a log."""
-    model = tg.GPT(dataclasses.replace(config, tie_embeddings=False))
-    tg.init_weights(model, hp)
-    assert float(model.loss(ids, ids).detach()) == pytest.approx(math.log(config.vocab_size), rel=1e-6)
+    model = initialised(dataclasses.replace(any_model.config, tie_embeddings=False), hp)
+    assert float(model.loss(ids, ids).detach()) == pytest.approx(math.log(64), rel=1e-6)
 
 
-def test_every_parameter_gets_a_gradient(config, random_model, ids):
-    model = random_model(config)
-    model.loss(ids, ids.flip(0)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
+def test_every_parameter_gets_a_gradient(any_model, ids):
+    any_model.loss(ids, ids.flip(0)).backward()
+    assert [name for name, p in any_model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
 
 
-def test_model_in_bfloat16_is_close_to_that_in_float32(config, random_model, ids):
-    model = random_model(config)
+def test_model_in_bfloat16_is_close_to_that_in_float32(any_model, ids):
     with torch.no_grad():
-        exact = model(ids)
-        model.compute_dtype = torch.bfloat16
-        assert float((model(ids) - exact).abs().mean()) < 0.1
+        exact = any_model(ids)
+        any_model.compute_dtype = torch.bfloat16
+        assert float((any_model(ids) - exact).abs().mean()) < 0.1
+
+
+# -------------------------------------------------- compiled models --------------------------------------------------
+
+
+@pytest.fixture
+def trace_only(monkeypatch) -> list[torch.fx.GraphModule]:
+    """torch.compile without its code generator, which takes a minute. -> the graphs, as they are traced"""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def run_as_it_is(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
+    torch.compiler.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("num_loops", [0, 1])
+def test_whole_graph_is_traced_in_one_piece_and_once_per_way_through_the_layers(
+    record_config, random_model, ids, trace_only, num_loops
+):
+    """As a GPU compiles it: what the compiler cannot trace ends the run, and a graph compiled after training has begun
+    costs a minute of ten."""
+    parts = {"num_layers": 3, "loop_end": 1, "parallel_start_layer": 2}
+    model = random_model(dataclasses.replace(record_config, num_loops=num_loops, **parts))
+    loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
+    for model.looping in (False, True, False, True):
+        assert loss_fn(ids, ids).item() == pytest.approx(model.loss(ids, ids).item(), abs=1e-5)
+    assert len(trace_only) == 1 + num_loops
+
+
+def test_compiled_model_takes_every_shape_of_a_run(record_config, random_model, trace_only):
+    """Two sizes of micro-batches, with and without loops, validation, and the loaded model: the compiler gives up, and
+    with it the run, after eight versions of one function."""
+    model = random_model(record_config)
+    loss_fn, logits_fn = tg.compile_model(model, True)
+    for model.looping in (False, True):
+        for rows in (3, 2):
+            loss_fn(*torch.randint(64, (2, rows, 16)).unbind()).backward()
+        with torch.no_grad():
+            logits_fn(torch.randint(64, (4, 16)))
+    loaded = random_model(record_config)
+    with torch.no_grad():
+        ids = torch.randint(64, (4, 16))
+        torch.testing.assert_close(tg.compile_model(loaded, True)[1](ids), model(ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
-def test_compiled_functions_agree_with_the_plain_ones(config, random_model, ids):
-    model = random_model(config)
+@pytest.mark.parametrize("recipe", ["config", "record_config"])
+def test_compiled_functions_agree_with_the_plain_ones(request, random_model, ids, recipe):
+    model = random_model(request.getfixturevalue(recipe))
     plain = model.loss(ids, ids).item(), model(ids).detach()
     loss_fn, logits_fn = tg.compile_model(model, True)
     assert loss_fn(ids, ids).item() == pytest.approx(plain[0], abs=1e-4)

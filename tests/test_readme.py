@@ -6,6 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_gpt as tg
@@ -38,7 +39,8 @@ def test_files_in_the_readme_exist():
     assert [name for name in [*links, *scripts] if not (ROOT / name).exists()] == []
 
 
-def test_parameter_count_in_the_readme_is_the_baseline():
+@pytest.mark.parametrize("preset", ["baseline", "record"])
+def test_parameter_count_in_the_readme_is_that_of_the_preset(preset):
     with torch.device("meta"):
-        count = sum(p.numel() for p in tg.GPT(tg.from_env(tg.GPTConfig, {})).parameters())
-    assert f"{count:,} parameters" in README
+        model = tg.GPT(tg.from_env(tg.GPTConfig, {"PRESET": preset}))
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in README

@@ -17,8 +17,9 @@ import torch
 
 import train_gpt as tg
 
-CONFIG = tg.GPTConfig(num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, eval_seq_len=512)
-HP = tg.Hyperparameters(train_seq_len=512, train_batch_tokens=8192)
+BASELINE = {"PRESET": "baseline", "NUM_LAYERS": "4", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2"}
+SETTINGS = {**BASELINE, "TRAIN_SEQ_LEN": "512", "TRAIN_BATCH_TOKENS": "8192", "EVAL_SEQ_LEN": "512"}
+CONFIG, HP = tg.from_env(tg.GPTConfig, SETTINGS), tg.from_env(tg.Hyperparameters, SETTINGS)
 WORLD = tg.World()
 pytestmark = [
     pytest.mark.slow,

@@ -26,8 +26,7 @@ PUBLISHED_SETTINGS = (
 PUBLISHED = dict(item.split("=") for item in PUBLISHED_SETTINGS.split())
 NOT_OF_THE_RECIPE = (  # fields that change neither what is learned nor what is scored, or do not beside the others
     "preset run_id data_path tokenizer_path out_dir artifact_dir eval_artifact compile compute_dtype "
-    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
-    "warmdown_frac"  # warmdown_iters replaces it
+    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at"
 )
 SETTINGS = {field.name.upper() for cls in (tg.GPTConfig, tg.Hyperparameters) for field in dataclasses.fields(cls)}
 

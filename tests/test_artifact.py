@@ -158,7 +158,7 @@ def test_missing_artifact_is_a_file_not_found(tmp_path):
 
 
 def test_file_cut_anywhere_is_refused(packed, refused):
-    for n in {*range(0, len(packed), 3), *range(30), *range(len(packed) - 30, len(packed))}:
+    for n in range(len(packed)):
         refused(packed[:n])
 
 

@@ -77,11 +77,11 @@ def test_read_crosses_edges_of_shards_as_if_there_were_none(split, start, count)
     assert np.array_equal(stream.read(start, count), tokens[start : start + count])
 
 
-def test_missing_data_message_names_the_scripts_that_make_it(tmp_path):
+def test_missing_data_message_holds_commands_that_make_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         tg.TokenStream(str(tmp_path), "fineweb_train_[0-9]*.bin")
     assert str(tmp_path) in str(caught.value)
-    assert len(re.findall(r"data/\w+\.py", str(caught.value))) >= 2
+    assert len(re.findall(r"python data/\w+\.py", str(caught.value))) >= 2
 
 
 def batches(split, hp, world: tg.World, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,8 +1,8 @@
 """What the record recipe is worth, and which of its parts: two studies on one CPU.
 
-    python study.py run duel --data DIR [--also DIR] --tokenizer FILE     recipe and baseline, same seconds
-    python study.py run ablation --data DIR --tokenizer FILE --jobs 2     recipe less one technique, same steps
-    python study.py report                                                tables and plots from runs.jsonl
+    python study.py run duel --data DIR --score DIR [DIR ...] --tokenizer FILE     recipe and baseline, same seconds
+    python study.py run ablation --data DIR --tokenizer FILE --jobs 2              recipe less one technique, same steps
+    python study.py report                                                         tables and plots from runs.jsonl
 
 A run is train_gpt.py beside this file with the settings of its study and variant, in a process of its own on cores of
 its own. Its run.json becomes a line of runs.jsonl, its log a file of logs/; `run` trains what runs.jsonl does not hold
@@ -47,7 +47,7 @@ RECIPE = "TRAIN_BATCH_TOKENS=2048 TRAIN_SEQ_LEN=256 EMA_DECAY=0.97 MUON_MOMENTUM
 BASELINE = "PRESET=baseline TRAIN_BATCH_TOKENS=8192 TRAIN_SEQ_LEN=512 WARMDOWN_ITERS=100 "
 STUDIES = {
     "duel": Study(
-        SMALL + "MODEL_DIM=256 MAX_WALLCLOCK_SECONDS=300 TRAIN_LOG_EVERY=10 ",
+        SMALL + "MODEL_DIM=256 MAX_WALLCLOCK_SECONDS=300 VAL_MAX_TOKENS=50000 TRAIN_LOG_EVERY=10 ",
         {
             "record": RECIPE + "NUM_LAYERS=3 MLP_MULT=3",  # its wide MLP; 2.03 million parameters, the baseline 2.10
             "baseline": BASELINE,
@@ -109,7 +109,7 @@ def run_script(settings: dict[str, str], cores: list[int]) -> Run:
 
 
 def train(study: str, variant: str, seed: int, cores: list[int], args: argparse.Namespace) -> Run:
-    """One line of runs.jsonl; the artifact is scored on the validation split of `args.also` too."""
+    """One line of runs.jsonl; the artifact is scored on the whole validation split of every folder of `args.score`."""
     settings = parse(STUDIES[study].common) | parse(STUDIES[study].variants[variant])
     run_id = "_".join([study, *re.findall(r"[\w.]+", variant), str(seed)])
     with tempfile.TemporaryDirectory() as folder:
@@ -118,10 +118,10 @@ def train(study: str, variant: str, seed: int, cores: list[int], args: argparse.
             {**settings, **places, "DATA_PATH": str(args.data), "RUN_ID": run_id, "SEED": str(seed)}, cores
         )
         log = Path(folder, f"{run_id}.txt").read_text(encoding="utf-8")
-        if args.also:
-            artifact = {"EVAL_ARTIFACT": str(Path(folder, "final_model.int8.ptz")), "RUN_ID": "also"}
-            other = run_script({**places, **artifact, "DATA_PATH": str(args.also)}, cores)
-            run |= {f"also_{key}": other[key] for key in ("val_bpb", "val_loss", "val_text_sha256", "scored_tokens")}
+        artifact = {"EVAL_ARTIFACT": str(Path(folder, "final_model.int8.ptz")), "RUN_ID": "score"}
+        for data in args.score:
+            score = run_script({**places, **artifact, "DATA_PATH": str(data)}, cores)
+            run |= {f"{key}:{data.name}": score[key] for key in ("val_bpb", "val_nats", "val_text_sha256", "scored_tokens")}
     LOGS.mkdir(exist_ok=True)
     for path, name in ((args.data, args.data.name), (args.tokenizer, args.tokenizer.name), (folder, ".")):
         log = log.replace(str(path), name)
@@ -222,7 +222,7 @@ def main() -> None:
     run = commands.add_parser("run", help="train what is missing")
     run.add_argument("study", choices=STUDIES)
     run.add_argument("--data", type=Path, required=True, help="shards to train on and to score")
-    run.add_argument("--also", type=Path, help="other shards to score the artifacts on")
+    run.add_argument("--score", type=Path, nargs="+", default=[], help="shards to score the artifacts on, whole")
     run.add_argument("--tokenizer", type=Path, required=True)
     run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     run.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
@@ -232,9 +232,9 @@ def main() -> None:
     if args.command == "run":
         run_all(args)
         return
-    print_table("duel")
-    if all("also_val_bpb" in run for (study, _, _), run in read_runs().items() if study == "duel"):
-        print_table("duel", "also_val_bpb")
+    keys = dict.fromkeys(key for run in read_runs().values() for key in run if key.startswith("val_bpb:"))
+    for key in keys:
+        print_table("duel", key)
     print_table("ablation")
     draw()
 

@@ -750,8 +750,8 @@ class TokenStream:
         self.files = sorted(Path(folder).glob(pattern))
         if not self.files:
             raise FileNotFoundError(
-                f"DATA_PATH={folder!r} holds no {pattern}: make shards with data/build_shards.py (without arguments "
-                "those of PRESET=smoke), or get published ones with data/download.py (sp1024 for PRESET=baseline)"
+                f"DATA_PATH={folder!r} holds no {pattern}: make shards with `python data/build_shards.py` (without "
+                "arguments: of PRESET=smoke), or get published ones with `python data/download.py` (of PRESET=baseline)"
             )
         self.shards = [read_shard(file) for file in self.files]
         self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()

@@ -3,17 +3,17 @@
     PRESET=smoke python train_gpt.py                            a laptop, two minutes (README: its data is one command)
     python train_gpt.py                                         one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
-    EVAL_ARTIFACT=final_model.int8.ptz python train_gpt.py      score an artifact again, without training
+    EVAL_ARTIFACT=final_model.trellis.ptz python train_gpt.py   score an artifact again, without training
 
-The run trains for MAX_WALLCLOCK_SECONDS, quantizes the weights to int8, compresses them, loads the file it wrote and
-scores that: the last line, `final_int8_zlib_roundtrip_exact val_loss:... val_bpb:...`, is the result. Code plus
-artifact must fit MAX_TOTAL_BYTES; a run that does not saves everything, says so and exits with status 3 (of which
-torchrun makes 1). Settings are the upper-cased fields of GPTConfig and Hyperparameters, as environment variables;
+The run trains for MAX_WALLCLOCK_SECONDS, quantizes and compresses the weights, as finely as MAX_TOTAL_BYTES for code
+and artifact allow, loads the file it wrote and scores that: the last line, `final_trellis_ans_roundtrip_exact
+val_loss:... val_bpb:...`, is the result. A run over the limit saves everything, says so and exits with status 3 (of
+which torchrun makes 1). Settings are the upper-cased fields of GPTConfig and Hyperparameters, as environment variables;
 PRESET picks their defaults.
 
-Writes   ARTIFACT_DIR/final_model.int8.ptz   the scored model: a JSON header and compressed weights, never code
-         OUT_DIR/<RUN_ID>.txt                the log, as on the screen
-         OUT_DIR/<RUN_ID>.json               settings, identities, seconds, bytes and results of the run
+Writes   ARTIFACT_DIR/final_model.*.ptz   the scored model: a JSON header and compressed weights, never code
+         OUT_DIR/<RUN_ID>.txt             the log, as on the screen
+         OUT_DIR/<RUN_ID>.json            settings, identities, seconds, bytes and results of the run
 
 Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
@@ -58,22 +58,24 @@ Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and target
 LossFn = Callable[[Tensor, Tensor], Tensor]
 LogitsFn = Callable[[Tensor], Tensor]
 Log = Callable[[str], None]
+Moments = dict[str, tuple[Tensor, Tensor]]  # by weight (R, C), of inputs (C, C) and of gradients by outputs (R,)
+Coded = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # exponents (R,), codes (R, C), quantizers (R, C)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
 # ----------------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
-    # The recipe of this project, for 8 GPUs: the defaults below. As int8 + zlib its weights exceed the limit twice.
+    # The recipe of this project, for 8 GPUs: the defaults below.
     "record": "",
     # The published baseline of the challenge: 17,059,912 parameters, about 15.9 MB as int8 + zlib.
     "baseline": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=9 MLP_MULT=2 LEAKY_RELU_SLOPE=0 ROPE_DIMS=0 LN_SCALE=0 XSA_LAST_N=0 "
-    "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0 SKIP_GATES_ENABLED=0 PARALLEL_START_LAYER=0 NUM_LOOPS=0 "
+    "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0 SKIP_GATES_ENABLED=0 NUM_LOOPS=0 "
     "DOCUMENT_MASKS=0 EVAL_METHOD=flat TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 "
     "WARMDOWN_FRAC=0 SHUFFLE=0 MIN_LR=0 EMA_DECAY=0 GRAD_CLIP_NORM=0 QK_GAIN_INIT=1.5 MATRIX_LR=0.04 SCALAR_LR=0.04 "
     "TIED_EMBED_LR=0.05 MUON_WD=0 EMBED_WD=0 ADAM_WD=0 BETA2=0.95 MUON_ROW_NORMALIZE=0 POLAR_EXPRESS=0 "
-    "MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500",
+    "MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 CODEC=int8_zlib",
     # A first run on any machine, on text that `python data/build_shards.py` makes without a download.
     "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
@@ -102,7 +104,6 @@ class GPTConfig:
     sparse_attn_gate_enabled: bool = True  # a gate per head and token on the output of attention
     smear_gate_enabled: bool = True  # a gate blends the previous token's embedding in
     skip_gates_enabled: bool = True  # a gate per channel between stream and skip connection
-    parallel_start_layer: int = 8  # from here on attention and MLP have residual streams of their own; 0: nowhere
     num_loops: int = 2  # extra passes through layers loop_start .. loop_end
     loop_start: int = 3
     loop_end: int = 5
@@ -126,8 +127,6 @@ class GPTConfig:
         looped = f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} must name layers in order"
         fits = self.num_loops == 0 or self.loop_start <= self.loop_end < layers
         require(fits, f"{looped} below NUM_LAYERS={layers}: set them, or NUM_LOOPS=0")
-        lanes = f"PARALLEL_START_LAYER={self.parallel_start_layer} must not lie inside the loop: move it or the loop"
-        require(not self.num_loops or not self.loop_start < self.parallel_start_layer <= self.loop_end, lanes)
         passes = len(self.layer_order(looping=True))
         require(passes <= 256, f"NUM_LOOPS={self.num_loops} makes {passes} passes through layers: at most 256")
         require(self.bos_id < self.vocab_size, f"BOS_ID={self.bos_id} must be below VOCAB_SIZE={self.vocab_size}")
@@ -201,12 +200,24 @@ class Hyperparameters:
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0: no clipping
 
+    codec: str = "trellis_ans"  # of the artifact: GPTQ codes of a trellis, entropy coded; or int8_zlib, as the baseline
+    trellis_states: int = 8  # 1, 4 or 8; one is a uniform quantizer
+    max_weight_bits: float = 6.0  # per coded weight, where MAX_TOTAL_BYTES leaves room for more
+    gptq_calibration_batches: int = 16  # steps' worth of training tokens
+    gptq_reserve_seconds: float = 4.0  # of MAX_WALLCLOCK_SECONDS, for the calibration
+
     def __post_init__(self) -> None:
         check_fields(self)
         batch, seq_len = self.train_batch_tokens, self.train_seq_len
         require(batch % seq_len == 0, f"TRAIN_BATCH_TOKENS={batch} must be a multiple of TRAIN_SEQ_LEN={seq_len}")
         plain = Path(self.run_id).name == self.run_id
         require(plain, f"RUN_ID={self.run_id!r} names files in OUT_DIR and must not hold a path")
+
+    @property
+    def step_seconds(self) -> float:
+        """Time limit of all steps; 0: none. The calibration has the rest, at most half."""
+        limit = self.max_wallclock_seconds
+        return limit - min(self.gptq_reserve_seconds, limit / 2) * (self.codec == "trellis_ans")
 
 
 RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everything from 0 to 1e15
@@ -215,8 +226,10 @@ RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everyth
     **dict.fromkeys(("eval_seq_len", "eval_stride"), (0, 2**15)),
     **dict.fromkeys(("beta1", "beta2", "ema_decay", "muon_momentum", "muon_momentum_warmup_start"), (0, 0.999999)),
     **dict.fromkeys(("leaky_relu_slope", "warmdown_frac", "min_lr", "enable_looping_at"), (0, 1)),
-    **dict.fromkeys(("xsa_last_n", "parallel_start_layer", "num_loops", "loop_start", "loop_end"), (0, 256)),
+    **dict.fromkeys(("xsa_last_n", "num_loops", "loop_start", "loop_end"), (0, 256)),
     "train_seq_len": (1, 2**15),
+    "max_weight_bits": (1, 8),
+    "gptq_calibration_batches": (1, 1e6),
     "vocab_size": (1, 65_536),
     "model_dim": (2, 16_384),
     "rope_base": (1, 1e12),
@@ -225,6 +238,8 @@ RANGES: dict[str, tuple[float, float]] = {  # of numbers that may not be everyth
 CHOICES = {
     "compute_dtype": ("auto", "bfloat16", "float32"),
     "compile": ("auto", "0", "1"),
+    "codec": ("trellis_ans", "int8_zlib"),
+    "trellis_states": (1, 4, 8),
     "eval_method": ("document", "flat"),
 }
 
@@ -243,16 +258,13 @@ def check_fields(settings: GPTConfig | Hyperparameters) -> None:
         if kind in (int, float):
             low, high = RANGES.get(field.name, (0, 1e15))
             require(low <= value <= high, f"{name}={value} must be from {low:g} to {high:g}")
-        elif field.name in CHOICES:
+        if field.name in CHOICES:
             choices = CHOICES[field.name]
-            require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+            require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
 
 
 def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
-    """Build `cls` from `env`: field `num_layers` is NUM_LAYERS if set, else the default of PRESET, else its own.
-
-    Raises ValueError naming the variable: wrong type, out of range, unknown preset, or a misspelt setting.
-    """
+    """Build `cls`: field `num_layers` is NUM_LAYERS if set, else what PRESET says, else its default. Or ValueError."""
     preset, values = env.get("PRESET", "record"), dict[str, Any]()
     require(preset in PRESETS, f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
     reject_misspelt(env)
@@ -316,8 +328,7 @@ class Linear(nn.Module):
 def rotary_table(seq_len: int, n_dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (Su et al. 2021), each (T, n_dims / 2), with dtype and device of `like`.
 
-    The angles are float32. The published script computes them in bfloat16, which merges neighbouring positions beyond
-    256 and costs 0.03 nats at 512 (README).
+    The angles are float32: bfloat16, as published, merges positions beyond 256 and costs 0.03 nats at 512 (README).
     """
     frequency = base ** -(torch.arange(0, n_dims, 2, device=like.device, dtype=torch.float32) / n_dims)
     angle = torch.outer(torch.arange(seq_len, device=like.device, dtype=torch.float32), frequency)
@@ -332,10 +343,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of attention: 0 for earlier tokens of the same document, -inf for others.
-
-    (B, T) number of the document that a token is in -> (B, 1, T, T) in `dtype`
-    """
+    """Numbers of documents (B, T) -> (B, 1, T, T), added to scores: 0 for earlier tokens of the same one, else -inf"""
     seen = (document[:, :, None] == document[:, None, :]).tril_()
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
 
@@ -352,11 +360,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention on a CPU: a block of queries at a time to the keys up to its end.
-
-    Forward and backward at 16 x 512 tokens took 90 ms on two cores of an AMD EPYC with AVX-512, where
-    scaled_dot_product_attention took 190; on two of an Intel Xeon with matrix units (AMX) 45 and 52.
-    """
+    """Attention on a CPU, a block of queries at a time to the keys up to its end: up to twice as fast (README)."""
     (B, H, T, E), K = q.shape, k.size(1)
     size, outputs = max(128, T // 8), []
     for start in range(0, T, size):
@@ -369,10 +373,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def drop_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention (XSA): remove from what a head read the part along the token's own value.
-
-    (B, H, T, E), (B, K, T, E) -> (B, H, T, E)
-    """
+    """Exclusive self attention: outputs (B, H, T, E) less their part along the token's own value (B, K, T, E)."""
     u = F.normalize(v, dim=-1)[:, :, None]
     y = y.unflatten(1, (v.size(1), -1))  # (B, K, H / K, T, E)
     return (y - (y * u).sum(-1, keepdim=True) * u).flatten(1, 2)
@@ -438,10 +439,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream that can blend the embedding `x0` back in.
-
-    With `lanes`, attention and MLP have residual streams, the lanes, of their own, run side by side and write to both.
-    """
+    """Attention and MLP on a residual stream that can blend the embedding `x0` back in."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -449,21 +447,12 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(config.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
-        parallel = 0 < config.parallel_start_layer <= layer
-        self.lanes = nn.Parameter(torch.empty(2, 3)) if parallel else None  # to either lane: from itself, attn, mlp
 
-    def forward(self, x: Tensor, y: Tensor, depth_scale: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Lanes (B, T, D) that attention and MLP read, without `lanes` both x. -> both lanes behind the block"""
+    def forward(self, x: Tensor, depth_scale: Tensor, context: Context) -> Tensor:
         mix, depth_scale = self.resid_mix.to(x.dtype), depth_scale.to(x.dtype)
-        mixed = mix[0] * x + mix[1] * context.x0
-        attn = self.attn_scale.to(x.dtype) * self.attn(norm(mixed) * depth_scale, context)
-        if self.lanes is None:
-            x = mixed + attn
-            x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * depth_scale)
-            return x, x
-        mlp = self.mlp_scale.to(x.dtype) * self.mlp(norm(y) * depth_scale)
-        to_x, to_y = self.lanes.to(x.dtype).unbind()
-        return to_x[0] * x + to_x[1] * attn + to_x[2] * mlp, to_y[0] * y + to_y[1] * attn + to_y[2] * mlp
+        x = mix[0] * x + mix[1] * context.x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * depth_scale, context)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * depth_scale)
 
 
 def output_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -478,9 +467,7 @@ def output_loss(x: Tensor, weight: Tensor, softcap: float, targets: Tensor) -> T
 
 class GPT(nn.Module):
     """A decoder whose first half feeds its second half through skip connections, last to first (U-net).
-
-    While `looping`, some layers run several times; each pass counts as a layer of either half.
-    """
+    While `looping`, some layers run several times; each pass counts as a layer of either half."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -497,8 +484,8 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
 
     @property
-    def output_weight(self) -> Tensor:
-        return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight  # (V, D)
+    def output(self) -> Linear:
+        return self.tok_emb if self.lm_head is None else self.lm_head
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D), normalised; a document's first token gets nothing of the token before it."""
@@ -523,24 +510,24 @@ class GPT(nn.Module):
         depth = torch.arange(1, config.num_layers + 1, device=ids.device, dtype=torch.float32)
         depth_scale = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
         context, order = Context(x0, cos, sin, mask), config.layer_order(self.looping)
-        x = y = x0.clone()  # were x the same tensor as x0, the first block would be compiled a second time
+        x = x0.clone()  # were x the same tensor as x0, the first block would be compiled a second time
         n_encoder = len(order) // 2
         skips: list[Tensor] = []
         for i, layer in enumerate(order):
             if i >= n_encoder and skips:
-                x = self.merge_skip(x, skips.pop(), i - n_encoder)  # into the lane of attention only
-            x, y = self.blocks[layer](x, y, depth_scale[layer], context)
+                x = self.merge_skip(x, skips.pop(), i - n_encoder)
+            x = self.blocks[layer](x, depth_scale[layer], context)
             if i < n_encoder:
                 skips.append(x)
-        return (x + y) / 2
+        return x
 
     def forward(self, ids: Tensor) -> Tensor:
         """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
-        return output_logits(self.hidden(ids), self.output_weight, self.config.logit_softcap)
+        return output_logits(self.hidden(ids), self.output.weight, self.config.logit_softcap)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per target. (B, T) int64, (B, T) int64 -> ()"""
-        return self.output_loss(self.hidden(ids), self.output_weight, self.config.logit_softcap, targets)
+        return self.output_loss(self.hidden(ids), self.output.weight, self.config.logit_softcap, targets)
 
 
 @torch.no_grad()
@@ -558,7 +545,6 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
     )
     constants |= {"q_gain": hp.qk_gain_init}
     constants |= {"resid_mix": [[1.0], [0.0]]}  # all of the stream, nothing of the embedding
-    constants |= {"lanes": [1.1, 1.0, 1.0]}  # to either lane: from itself, attention, MLP
     generator = torch.Generator().manual_seed(hp.seed)
     for name, p in model.named_parameters():
         value, kind = torch.empty(p.shape), name.removesuffix(".weight").split(".")[-1]
@@ -590,11 +576,7 @@ def wants_compile(setting: str, device: torch.device) -> bool:
 
 
 def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
-    """The functions to train and to evaluate with.
-
-    CUDA compiles the whole graph. A CPU compiles one block, used by all layers, and the loss: at 4 layers 3 % slower
-    steps than with the whole graph, but compiled in half of the time, which no further layer adds to.
-    """
+    """Functions to train and to evaluate with. CUDA compiles the whole graph, a CPU block and loss (sooner done)."""
     options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
     if enabled and next(model.parameters()).is_cuda:
         return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
@@ -624,9 +606,8 @@ POLAR_EXPRESS = (  # the best polynomial for what the iterations before leave (A
 def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Replace the singular values of every matrix by values near 1. (N, R, C) -> (N, R, C) in `dtype`
 
-    The quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases, as one chain of batched
-    products. Singular values land in about [0.7, 1.2] ([0.85, 1.15] with POLAR_EXPRESS), not on 1: the coefficients
-    trade accuracy at 1 for slope at 0, so that weak directions rise fast.
+    The quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases. Singular values land in
+    about [0.7, 1.2] ([0.85, 1.15] with POLAR_EXPRESS): accuracy at 1 is traded for slope at 0, for weak directions.
     """
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
@@ -728,10 +709,9 @@ class World(NamedTuple):
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one .bin shard, memory-mapped. -> (N,) uint16
+    """Tokens of one .bin shard, memory-mapped. -> (N,) uint16, or a ValueError that names the file
 
     llm.c layout: 256 little-endian int32 (magic, version, N, zeros), then N little-endian uint16.
-    Raises ValueError, naming the file, if it is anything else.
     """
     header, remedy = np.fromfile(path, dtype="<i4", count=HEADER_INTS), "build it again with data/build_shards.py"
     is_shard = header.size == HEADER_INTS and header[0] == SHARD_MAGIC
@@ -790,8 +770,7 @@ class Loader:
 
     The split is cut into sequences of seq_len + 1 tokens that overlap by one. Step s takes the next n_sequences of
     them, as they lie or shuffled, starting over at the end (a new epoch); a rank takes a contiguous share, in
-    micro-batches of almost equal size. Thus the tokens of a step are the same for any number of ranks and any
-    micro-batch.
+    micro-batches of almost equal size. Thus ranks and micro-batches do not change the tokens of a step.
     """
 
     def __init__(self, stream: TokenStream, hp: Hyperparameters, vocab_size: int, world: World) -> None:
@@ -841,7 +820,7 @@ EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (float32: 128 M
 
 
 class Score(NamedTuple):
-    """Three exact sums over the targets of a split, and the two quotients made of them."""
+    """Three exact sums over the targets of a split; nats per token, and bits per byte, which no tokenizer changes."""
 
     nats: float
     tokens: int
@@ -850,12 +829,10 @@ class Score(NamedTuple):
 
     @property
     def val_loss(self) -> float:
-        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def val_bpb(self) -> float:
-        """Bits per byte: independent of the tokenizer, which changes the number of targets but not of bytes."""
         return self.nats / math.log(2) / self.bytes
 
     def __format__(self, spec: str) -> str:
@@ -864,8 +841,6 @@ class Score(NamedTuple):
 
 
 class ValSplit(NamedTuple):
-    """The validation split."""
-
     ids: np.ndarray  # (N,) uint16
     bytes: np.ndarray  # (N,) uint16, of text that each token stands for as a target
     identity: dict[str, Any]  # what was loaded and how its bytes are counted; goes into the log
@@ -913,9 +888,7 @@ def load_tokenizer(path: str, config: GPTConfig) -> tuple[spm.SentencePieceProce
 
 def load_val_split(hp: Hyperparameters, config: GPTConfig, sp: spm.SentencePieceProcessor, sha256: str) -> ValSplit:
     """The split to score, with the bytes of every token from the sidecar where the data has one, else from the pieces.
-
-    Raises ValueError for ids outside the vocabulary, and for files that contradict their manifest or each other.
-    """
+    ValueError for ids outside the vocabulary, and for files that contradict their manifest or each other."""
     stream, sidecar = TokenStream(hp.data_path, "fineweb_val_[0-9]*.bin"), None
     ids = stream.read(0, len(stream))
     stream.require_below(config.vocab_size, ids, 0)
@@ -986,10 +959,7 @@ def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
 
 
 def pack_rows(windows: Iterable[Window], ids: np.ndarray, config: GPTConfig) -> list[list[Window]]:
-    """Windows that go into one row of EVAL_SEQ_LEN tokens, in order.
-
-    Only document masks keep windows of one row apart: a window that starts with a BOS may follow others in its row.
-    """
+    """Windows by row of EVAL_SEQ_LEN tokens, in order; with document masks, one that starts with a BOS may follow."""
     rows, room = list[list[Window]](), 0
     for window in windows:
         length = window.last - 1 - window.start
@@ -1010,8 +980,8 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperparameters, world: World) -> Score:
     """Score a split: every token but the first is a target, once. A BOS costs nats and stands for 0 bytes.
 
-    Every forward pass has the same shape (short rows and the last batch are padded, which a causal model cannot see),
-    so that nothing is compiled twice. Sums are float64 or integers; ranks meet in one collective at the end.
+    Every forward pass has one shape (short rows and the last batch are padded, which a causal model cannot see). Sums
+    are float64 or integers; ranks meet in one collective at the end.
     """
     seq_len, sums = config.eval_seq_len, torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     rows = pack_rows(scoring_windows(split.ids, config), split.ids, config)
@@ -1040,79 +1010,262 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Artifact
 # ----------------------------------------------------------------------------------------------------------------------
-# File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), JSON header, compressed payload.
-# Header: format, codec, config, tensors as [name, kind, shape], payload_bytes. Payload: the tensors one after another.
-#   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale
+# File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), JSON header, zlib stream, words.
+# Header: format, codec, config, tensors as [name, kind, shape], payload_bytes; of trellis_ans also states and step.
+# The zlib stream holds the tensors one after another, and for trellis_ans at its end the frequencies of the codes:
 #   float32     any shape, little-endian
+#   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale. A vector is one row.
+#   codes       (R, C): R uint8 exponents of the steps, R uint8 classes of the rows; the codes are in the words
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, CODEC, ARTIFACT_NAME = b"GOLFGPT\n", 2, "int8_zlib", "final_model.int8.ptz"
+ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"GOLFGPT\n", 3
 ARTIFACT_PREFIX = struct.Struct("<8sII")
+ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
 MAX_PARAMETERS, MAX_HEADER_BYTES = 2**28, 2**20  # of an artifact that is read: bound what a hostile one can ask for
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale per row. (R, C) float32 -> (R, C) int8, (R, 1) float16
-
-    The scale puts the largest weight of a row on 127, so that nothing is clipped and the error is at most scale / 2,
-    but for the largest weights: storing the scale in float16 may round it down by up to 2**-11 of itself.
-    """
+    """Symmetric int8 with one scale per row, its largest weight / 127. (R, C) float32 -> (R, C) int8, (R, 1) float16"""
     scale = (w.abs().amax(dim=1, keepdim=True) / 127).clamp_min(2**-14).half()  # 2**-14: least normal float16
     return (w / scale.float()).round().clamp(-127, 127).to(torch.int8), scale  # by the scale as it is stored
 
 
-def tensor_table(model: GPT) -> list[list[Any]]:
-    """[name, kind, shape] of every tensor: matrices are stored in int8, gains and scales in float32."""
-    state = model.state_dict().items()
-    return [[n, "int8_rows" if n.endswith(".weight") else "float32", list(p.shape)] for n, p in state]
+# Dependent quantization (Fischer and Wang 1992; Schwarz et al. 2019): two quantizers take turns, code k of quantizer 0
+# stands for k steps, of quantizer 1 for k - sign(k) / 2. A path sees a grid twice as fine for about the same bits.
+TRELLISES = {  # by number of states: the next state by state and parity of k, the quantizer by state
+    1: ([(0, 0)], [0]),  # the uniform quantizer
+    4: ([(0, 2), (2, 0), (1, 3), (3, 1)], [0, 0, 1, 1]),
+    8: ([(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)], [0, 1, 0, 1, 0, 1, 0, 1]),
+}
+MAX_CODE, GPTQ_DAMPING, GRADIENT_FLOOR = 127, 0.01, 0.3  # the last two in parts of the mean second moment
+BLOCK, LOOKAHEAD = 64, 16  # columns decided together, and further ones that the decision takes into account
+
+
+def dequantize(codes: Tensor, quantizer: Tensor, step: Tensor) -> Tensor:
+    """(R, C) int8, (R, C) 0 or 1, (R, 1) float32 -> (R, C) float32"""
+    return (codes.float() - codes.sign() * quantizer / 2) * step
+
+
+def factorize(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments M of the inputs of a layer, for GPTQ. (C, C) -> feedback (C, C), cost (C,) float32
+
+    Errors e (C,) in a row of weights cost e M e^T, the sum over j of cost[j] * (e @ feedback[:, j])**2: Cholesky, last
+    column first. M is damped, so that inputs which hardly occur need not mend the errors of others.
+    """
+    damping = GPTQ_DAMPING * moments.diagonal().double().mean() + 1e-30
+    damped = moments.double() + damping * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # damped = upper @ upper.T
+    return (upper / upper.diagonal()).float(), upper.diagonal().square().float()
+
+
+@torch.no_grad()
+def quantize_codes(w: Tensor, moments: Tensor, step: Tensor, states: int, rate: float = 0.0) -> tuple[Tensor, Tensor]:
+    """GPTQ (Frantar et al. 2022) with a trellis. -> codes (R, C) int8 and the quantizer of each, uint8
+
+    w (R, C) float32, second moments (C, C) of the inputs, step (R, 1). A Viterbi search goes along the columns, for all
+    rows at once; errors are mended in later columns, so that each survivor has targets of its own. `rate` 1 weighs the
+    bits of a code, as a Gaussian of the row's variance counts them, by what a bit is worth: less error for the bytes,
+    but shrunken weights and a higher loss (records/). A block is decided together, then its errors are pushed on.
+    """
+    (feedback, cost), (next_state, quantizers), (n_rows, n_columns) = factorize(moments), TRELLISES[states], w.shape
+    ways = [[(s, p) for s, n in enumerate(next_state) for p in (0, 1) if n[p] == t] for t in range(states)]
+    (s0, p0), (s1, p1) = torch.tensor(ways, device=w.device).permute(1, 2, 0)  # the two ways into each state
+    quantizer_of, parity = torch.tensor(quantizers, device=w.device), torch.tensor([0.0, 1.0], device=w.device)
+    half, parity, size = quantizer_of[:, None] / 2, parity[:, None, None], step[:, 0]
+    penalty = rate * cost.mean() * size.square() / (12 * w.square().mean(1) + 1e-30)  # of a squared weight
+    codes, quantizer = torch.empty_like(w, dtype=torch.int8), torch.empty_like(w, dtype=torch.uint8)
+    pushed, rows = torch.zeros_like(w), torch.arange(n_rows, device=w.device)
+    state = torch.zeros_like(rows)
+    for begin in range(0, n_columns, BLOCK):
+        end = min(begin + BLOCK, n_columns)
+        stop = min(end + LOOKAHEAD, n_columns) if states > 1 else end
+        total = w.new_full((states, n_rows), math.inf)
+        total[state, rows] = 0.0
+        errors = w.new_zeros(stop - begin, states, n_rows)  # of the survivor that ends in a state
+        last_code, second = errors.to(torch.int8), errors.bool()  # and whether it came the second way
+        for i, j in enumerate(range(begin, stop)):
+            target = w[:, j] + pushed[:, j] + (feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
+            shrink = penalty / cost[j]
+            wanted = target / ((1.0 + shrink) * size)  # least (target - x * size)**2 + shrink * (x * size)**2
+            k = ((wanted.abs() + half - parity) / 2).round() * 2 + parity  # (2, S, R), the nearest of either parity
+            k = torch.where((k == 2) & (half > 0) & (wanted.abs() < 0.75), 0.0, k).clamp_max(MAX_CODE - 1 + parity)
+            value = (k - half * (k > 0)).copysign(wanted) * size
+            sums = total + cost[j] * ((target - value).square() + shrink * value.square())
+            second[i] = sums[p1, s1] < sums[p0, s0]
+            total = torch.minimum(sums[p0, s0], sums[p1, s1])
+            errors[:i] = torch.where(second[i], errors[:i, s1], errors[:i, s0])
+            errors[i] = w[:, j] - torch.where(second[i], value[p1, s1], value[p0, s0])
+            k = k.copysign(wanted).to(torch.int8)
+            last_code[i] = torch.where(second[i], k[p1, s1], k[p0, s0])
+        state = at = total.argmin(0)
+        for j in reversed(range(begin, stop)):
+            codes[:, j], came = last_code[j - begin, at, rows], second[j - begin, at, rows]
+            at = torch.where(came, s1[at], s0[at])  # the state before column j
+            quantizer[:, j], state = quantizer_of[at], at if j == end else state
+        done = slice(begin, end)
+        pushed[:, end:] += (w[:, done] - dequantize(codes[:, done], quantizer[:, done], step)) @ feedback[done, end:]
+    return codes, quantizer
+
+
+# Words: all codes, entropy coded by interleaved range ANS (Duda 2013; Giesen 2014). Rows go side by side, each in a
+# lane, one code per column; a lane that runs low takes the next 16 bits of the common stream. How frequent a code is
+# depends on its context: the class of its row, which tells how large its codes are, and the quantizer.
+ANS_BITS, ANS_LANES, N_CLASSES = 14, 2048, 64
+FREQUENCIES = 2 * N_CLASSES, 256  # by context, 2 * class + quantizer, and symbol, code + 128
+
+
+def row_classes(codes: np.ndarray) -> np.ndarray:
+    """Four classes per octave of the mean absolute code. (R, C) int8 -> (R,) uint8"""
+    mean = np.abs(codes.astype(np.int16)).mean(axis=1)
+    return np.clip(np.rint(4 * np.log2(mean + 2.0**-7)) + 28, 0, N_CLASSES - 1).astype(np.uint8)
+
+
+def scale_counts(counts: np.ndarray) -> np.ndarray:
+    """Frequencies that sum to 2**ANS_BITS in contexts that occur, 0 for codes that do not. (N, 256) int64 -> same"""
+    occurs, total = counts > 0, counts.sum(axis=1, keepdims=True).clip(1)
+    scaled = occurs + counts * (2**ANS_BITS - occurs.sum(axis=1, keepdims=True)) // total
+    rest = np.where(occurs.any(axis=1), 2**ANS_BITS - scaled.sum(axis=1), 0)
+    scaled[np.arange(len(scaled)), scaled.argmax(axis=1)] += rest
+    return scaled
+
+
+def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.ndarray) -> bytes:
+    """Bands of symbols and contexts, each (R, C), and frequencies -> a uint32 for each lane, then uint16 words"""
+    starts, lanes, words = frequencies.cumsum(axis=1) - frequencies, np.full(ANS_LANES, 2**16, np.uint64), [b""]
+    for symbols, contexts in reversed(bands):  # ANS is last in, first out
+        x = lanes[: len(symbols)]
+        for context, symbol in zip(contexts.T[::-1], symbols.T[::-1], strict=True):
+            frequency, start = (table[context, symbol].astype(np.uint64) for table in (frequencies, starts))
+            full = x >= frequency << np.uint64(32 - ANS_BITS)
+            words.append(x[full].astype("<u2").tobytes())  # the low 16 bits
+            x[full] >>= np.uint64(16)
+            high, low = np.divmod(x, frequency)
+            x[:] = (high << np.uint64(ANS_BITS)) + low + start
+    used = max(len(symbols) for symbols, _ in bands)
+    return lanes[:used].astype("<u4").tobytes() + b"".join(reversed(words))
+
+
+def decode_words(
+    data: bytes, shapes: list[tuple[int, int]], classes: list[np.ndarray], frequencies: np.ndarray, states: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Codes and quantizers (R, C) of each band. Raises ValueError for words that encode_words did not make."""
+    used, at = max(rows for rows, _ in shapes), 0
+    require(len(data) >= 4 * used and len(data) % 2 == 0, "its words are cut short")
+    fine = max(int(of_row.max()) for of_row in classes) < N_CLASSES
+    fine = fine and bool(np.isin(frequencies.sum(axis=1), (0, 2**ANS_BITS)).all())
+    require(fine, "its classes or frequencies are none that this script writes")
+    lanes, words = np.frombuffer(data, "<u4", used).astype(np.uint64), np.frombuffer(data, "<u2", offset=4 * used)
+    frequency, start = (table.astype(np.uint64).ravel() for table in (frequencies, frequencies.cumsum(1) - frequencies))
+    symbol_at = np.zeros((len(frequencies), 2**ANS_BITS), np.uint8)  # by context and low bits of a lane
+    for row, counts in zip(symbol_at, frequencies, strict=True):
+        row[: counts.sum()] = np.repeat(np.arange(256, dtype=np.uint8), counts)
+    (next_state, quantizer_of), bands = map(np.array, TRELLISES[states]), []
+    for (rows, columns), of_row in zip(shapes, classes, strict=True):
+        x, state, codes, quantizer = lanes[:rows], np.zeros(rows, np.int64), *np.empty((2, columns, rows), np.uint8)
+        for j in range(columns):
+            quantizer[j] = quantizer_of[state]
+            context, slot = 2 * of_row.astype(np.int64) + quantizer[j], x & np.uint64(2**ANS_BITS - 1)
+            codes[j] = symbol_at.take((context << ANS_BITS) + slot.astype(np.int64))
+            place = (context << 8) + codes[j]
+            x[:] = frequency[place] * (x >> np.uint64(ANS_BITS)) + slot - start[place]
+            low = np.flatnonzero(x < 2**16)
+            require(at + len(low) <= len(words), "its words are cut short")
+            x[low] = x[low] << np.uint64(16) | words[at : at + len(low)]
+            at, state = at + len(low), next_state[state, codes[j] & 1]
+        bands.append(((codes ^ 128).view(np.int8).T, quantizer.T))  # subtracts 128
+    require(at == len(words) and bool((lanes == 2**16).all()), "its words do not end where they should")
+    return bands
+
+
+def row_steps(step: float, exponents: np.ndarray) -> Tensor:
+    """step * 2**(-exponent / 8), the same on every machine. (R,) uint8 -> (R, 1) float32"""
+    octaves, eighths = np.divmod(exponents.astype(np.int32), 8)
+    roots = (2.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    return torch.from_numpy(np.ldexp(np.float32(step) * roots[eighths], -octaves))[:, None]
+
+
+def coded_layers(model: GPT) -> dict[str, Linear]:
+    """By name, the layers whose weights become codes: all but gates and an embedding that is only looked up."""
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if type(layer) is Linear}
+    return {name: layer for name, layer in layers.items() if layer is model.output or layer is not model.tok_emb}
+
+
+def tensor_table(model: GPT, codec: str) -> list[list[Any]]:
+    """[name, kind, shape] of every tensor; the published int8 + zlib keeps all but the matrices exact."""
+    coded, small = (coded_layers(model), "int8_rows") if codec == "trellis_ans" else ({}, "float32")
+    kinds = {n: "codes" if n in coded else "int8_rows" if n.endswith(".weight") else small for n in model.state_dict()}
+    return [[name, kinds[name], list(p.shape)] for name, p in model.state_dict().items()]
 
 
 def stored_bytes(kind: str, shape: list[int]) -> int:
-    return 2 * shape[0] + math.prod(shape) if kind == "int8_rows" else 4 * math.prod(shape)
+    """In the zlib stream."""
+    rows, size = math.prod(shape[:-1]), math.prod(shape)
+    return {"float32": 4 * size, "int8_rows": 2 * rows + size, "codes": 2 * rows}[kind]
 
 
-def pack_artifact(model: GPT) -> bytes:
-    """The whole file for a model: its config and its quantized weights."""
-    state, table, payload = model.state_dict(), tensor_table(model), bytearray()
-    for name, kind, _ in table:
-        w = state[name].detach().float().cpu()
+def bands_of(table: list[list[Any]]) -> list[tuple[str, slice]]:
+    """Which rows of which tensor go through the coder side by side."""
+    coded = [(name, shape[0]) for name, kind, shape in table if kind == "codes"]
+    return [(name, slice(i, min(i + ANS_LANES, rows))) for name, rows in coded for i in range(0, rows, ANS_LANES)]
+
+
+def pack_artifact(model: GPT, states: int = 0, step: float = 0.0, coded: Coded | None = None) -> bytes:
+    """The whole file for a model: its config and its weights, in int8 or, where they are `coded`, as codes."""
+    codec, words, counts = "trellis_ans" if coded else "int8_zlib", b"", np.zeros(math.prod(FREQUENCIES), np.int64)
+    state, table, payload, bands = model.state_dict(), tensor_table(model, codec), bytearray(), dict[str, Any]()
+    header = {"format": ARTIFACT_FORMAT, "codec": codec, "config": dataclasses.asdict(model.config), "tensors": table}
+    for name, kind, shape in table:
+        w = state[name].detach().float().cpu().reshape(-1, shape[-1])
         fine = bool((w.abs() < 127 * 65_000).all())  # also false for NaN; the scale must fit a float16
         require(fine, f"parameter {name} is not finite or too large to quantize: train with lower learning rates")
         if kind == "int8_rows":
             q, scale = quantize_rows(w)
             payload += scale.numpy().astype("<f2").tobytes() + q.numpy().tobytes()
-        else:
+        elif kind == "float32":
             payload += w.numpy().astype("<f4").tobytes()
-    config = dataclasses.asdict(model.config)
-    header = {"format": ARTIFACT_FORMAT, "codec": CODEC, "config": config, "tensors": table}
+        elif coded:
+            exponents, codes, quantizer = coded[name]
+            classes, symbols = row_classes(codes), codes.view(np.uint8) ^ 128  # adds 128
+            contexts = 2 * classes[:, None] + quantizer
+            counts += np.bincount((contexts.astype(np.int32) << 8 | symbols).ravel(), minlength=len(counts))
+            payload += exponents.tobytes() + classes.tobytes()
+            bands[name] = symbols, contexts
+    if coded:
+        header |= {"states": states, "step": step}
+        frequencies = scale_counts(counts.reshape(FREQUENCIES))
+        payload += frequencies.astype("<u2").tobytes()
+        parts = [(bands[name], rows) for name, rows in bands_of(table)]
+        words = encode_words([(symbols[rows], contexts[rows]) for (symbols, contexts), rows in parts], frequencies)
     text = json.dumps({**header, "payload_bytes": len(payload)}, separators=(",", ":")).encode()
-    body = text + zlib.compress(payload, 9)
+    body = text + zlib.compress(payload, 9) + words
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
 
 
-def read_header(path: Path, text: bytes) -> tuple[GPT, int]:
-    """The empty model (on the meta device) that the JSON header of an artifact describes; the bytes of its payload."""
-    try:
-        header = json.loads(text)
-        found, ours = (header["format"], header["codec"]), (ARTIFACT_FORMAT, CODEC)
-        require(found == ours, f"its format {found!r:.200} is not {ours}: use the script that wrote it")
-        known = header["config"].keys() == {field.name for field in dataclasses.fields(GPTConfig)}
-        require(known, f"a config of {sorted(header['config'])!r:.400} is not this script's")
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**header["config"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} has a header that describes no model ({error!s:.600})") from None
-    table = tensor_table(model)
-    size = sum(stored_bytes(kind, shape) for _, kind, shape in table)
+def parse_header(text: bytes) -> tuple[GPT, dict[str, Any]]:
+    """The empty model (on the meta device) that the JSON header of an artifact describes, and the header, checked."""
+    header = json.loads(text)
+    version, codec = header["format"], header["codec"]
+    ours = version == ARTIFACT_FORMAT and codec in ARTIFACT_NAMES
+    require(ours, f"its format {(version, codec)!r:.200} is not {ARTIFACT_FORMAT}: use the script that wrote it")
+    known = header["config"].keys() == {field.name for field in dataclasses.fields(GPTConfig)}
+    require(known, f"a config of {sorted(header['config'])!r:.400} is not this script's")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**header["config"]))
+    require(model.config.eval_seq_len > 0, "its config has no EVAL_SEQ_LEN")
+    tail, table = 0, tensor_table(model, codec)
+    if codec == "trellis_ans":
+        states, step, tail = header["states"], header["step"], 2 * math.prod(FREQUENCIES)
+        fine = type(states) is int and states in TRELLISES and type(step) is float and 0 < step < 2**16
+        require(fine, f"states={states!r:.100} or step={step!r:.100} is none that this script writes")
+    size = sum(stored_bytes(kind, shape) for _, kind, shape in table) + tail
     count = sum(math.prod(shape) for _, _, shape in table)
     fits = header.get("tensors") == table and header.get("payload_bytes") == size
-    require(fits, f"{path} has a tensor table that does not fit its config: make it again")
-    require(count <= MAX_PARAMETERS, f"{path} describes {count} parameters, more than any artifact holds")
-    require(model.config.eval_seq_len > 0, f"{path} has no EVAL_SEQ_LEN in its config: make it again")
-    return model, size
+    require(fits, "its tensor table does not fit its config")
+    require(count <= MAX_PARAMETERS, f"it describes {count} parameters, more than any artifact holds")
+    return model, header
 
 
-def read_artifact(path: Path) -> tuple[GPT, bytes]:
-    """The empty model (on the meta device) that an artifact describes, and its payload, bounded and checked."""
+def read_artifact(path: Path) -> tuple[GPT, dict[str, Any], bytes, bytes]:
+    """The empty model (on the meta device) of an artifact, its header, payload and words, bounded and checked."""
     if not path.is_file():
         raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
     damaged = f"{path} is damaged: copy or make it again"
@@ -1123,8 +1276,13 @@ def read_artifact(path: Path) -> tuple[GPT, bytes]:
         _, crc32, length = ARTIFACT_PREFIX.unpack(prefix)
         require(length <= MAX_HEADER_BYTES, f"{damaged} (header of {length} bytes)")
         text = file.read(length)
-        model, size = read_header(path, text)
-        body = file.read(size + size // 1000 + 1024)  # zlib never makes more of `size` bytes
+        try:
+            model, header = parse_header(text)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} has a header that describes no model ({error!s:.600}): make it again") from None
+        size, codes = header["payload_bytes"], sum(math.prod(s) for _, kind, s in header["tensors"] if kind == "codes")
+        # zlib never makes more of `size` bytes, and a code takes at most one word
+        body = file.read(size + size // 1000 + 1024 + 2 * codes + 4 * ANS_LANES * (codes > 0))
         require(not file.read(1), f"{path} has more bytes than its header describes: make it again")
     require(zlib.crc32(body, zlib.crc32(text)) == crc32, f"{damaged} (checksum)")
     unpacker = zlib.decompressobj()
@@ -1132,9 +1290,9 @@ def read_artifact(path: Path) -> tuple[GPT, bytes]:
         payload = unpacker.decompress(body, size + 1)
     except zlib.error as error:
         raise ValueError(f"{damaged} ({error})") from None
-    whole = len(payload) == size and unpacker.eof and not unpacker.unused_data
+    whole = len(payload) == size and unpacker.eof and (codes > 0 or not unpacker.unused_data)
     require(whole, f"{path} has a payload of another size than its header says: make it again")
-    return model, payload
+    return model, header, payload, unpacker.unused_data
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
@@ -1143,20 +1301,69 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     Raises FileNotFoundError, or ValueError for a file that is damaged, of another format, or lies about its content.
     Reads data only, runs no code, and takes no more memory than the header declares, which is bounded.
     """
-    (model, payload), tensors, offset = read_artifact(Path(path)), {}, 0
-    for name, kind, shape in tensor_table(model):
+    (model, header, payload, words), offset = read_artifact(Path(path)), 0
+    values, rows = dict[str, Tensor](), dict[str, np.ndarray]()
+    for name, kind, shape in header["tensors"]:
         chunk = memoryview(payload)[offset : offset + stored_bytes(kind, shape)]
-        offset += len(chunk)
-        if kind == "int8_rows":
-            scale = np.frombuffer(chunk, "<f2", shape[0]).astype(np.float32)
-            value = np.frombuffer(chunk, np.int8, offset=2 * shape[0]).reshape(shape) * scale[:, None]
+        offset, n_rows = offset + len(chunk), math.prod(shape[:-1])
+        if kind == "codes":
+            rows[name] = np.frombuffer(chunk, np.uint8).reshape(2, n_rows)
+            values[name] = torch.empty(shape, dtype=torch.float32)
+        elif kind == "int8_rows":
+            scale = np.frombuffer(chunk, "<f2", n_rows).astype(np.float32)
+            q = np.frombuffer(chunk, np.int8, offset=2 * n_rows).reshape(n_rows, shape[-1])
+            values[name] = torch.from_numpy(q * scale[:, None]).view(shape)
         else:
-            value = np.frombuffer(chunk, "<f4").astype(np.float32).reshape(shape)
-        require(bool(np.isfinite(value).all()), f"{path} has a value in {name} that is not finite: make it again")
-        tensors[name] = torch.from_numpy(value)
-    model.load_state_dict(tensors, assign=True)
+            values[name] = torch.from_numpy(np.frombuffer(chunk, "<f4").astype(np.float32)).view(shape)
+    if rows:
+        frequencies, places = np.frombuffer(payload[offset:], "<u2").reshape(FREQUENCIES), bands_of(header["tensors"])
+        classes = [rows[name][1, part] for name, part in places]
+        shapes = [(part.stop - part.start, values[name].size(1)) for name, part in places]
+        try:
+            bands = decode_words(words, shapes, classes, frequencies.astype(np.int64), header["states"])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+        for (name, part), (codes, quantizer) in zip(places, bands, strict=True):
+            step = row_steps(header["step"], rows[name][0, part])
+            values[name][part] = dequantize(torch.from_numpy(codes), torch.from_numpy(quantizer), step)
+    for name, value in values.items():
+        require(bool(value.isfinite().all()), f"{path} has a value in {name} that is not finite: make it again")
+    model.load_state_dict(values, assign=True)
     model.compute_dtype = pick_dtype(torch.device(device), model.config.compute_dtype)
     return model.to(device).eval()
+
+
+def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -> bytes:
+    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, where possible to 0.5 %.
+
+    Independent errors of variance step**2 / 12 in a row of weights cost, to second order, half of the mean square of
+    the loss's gradient by its output, times the inputs' mean e M e^T (factorize). Steps make that cost the same for
+    every weight of the model: then a bit is worth the same everywhere and none can be moved to gain. A floor keeps rows
+    usable whose outputs hardly count, such as those of tokens that the batches do not hold.
+    """
+    layers = {n: m.weight.detach().float() for n, m in coded_layers(model).items()}
+    worth = {n: (g + GRADIENT_FLOOR * g.mean() + 1e-30) * factorize(m)[1].mean() for n, (m, g) in moments.items()}
+    least = min(float(w.min()) for w in worth.values())
+    finer = {n: 4 * (w / least).log2() for n, w in worth.items()}  # exponents, by eighths of an octave
+    n_codes = sum(w.numel() for w in layers.values())
+    limit = min(hp.max_total_bytes - Path(__file__).stat().st_size, int(hp.max_weight_bits * n_codes / 8))
+    limit = max(limit, n_codes // 16)  # below half a bit there is nothing to choose: the run will be over the limit
+    octaves = {n: w.std(1).clamp_min(1e-9).log2() + finer[n] / 8 for n, w in layers.items()}  # of a row above its step
+    mean = sum(float(octaves[n].sum()) * w.size(1) for n, w in layers.items()) / n_codes
+    step = 2 ** (mean + 2.05 - 8 * limit / n_codes)  # of the coarsest row; a Gaussian takes 2.05 bits more than octaves
+    for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step
+        coded = Coded()
+        for n, w in layers.items():
+            finest = 8 * (step * MAX_CODE / w.abs().amax(1).clamp_min(1e-30)).log2().clamp_max(32.0)
+            exponents = torch.minimum(finer[n].round(), finest.floor()).clamp(0, 255).byte().cpu().numpy()
+            codes, quantizer = quantize_codes(w, moments[n][0], row_steps(step, exponents).to(w.device), states)
+            coded[n] = exponents, codes.cpu().numpy(), quantizer.cpu().numpy()
+        packed = pack_artifact(model, states, step, coded)
+        log0(f"quantize: states:{states} step:{step:.6g} bytes:{len(packed)} limit:{limit}")
+        if states == hp.trellis_states and 0.995 * limit < len(packed) <= limit:
+            break
+        step *= 2 ** ((len(packed) - 0.9975 * limit) * 8 / n_codes)  # a step half as wide takes a bit more per code
+    return packed
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -1173,7 +1380,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class Ledger:
-    """Where the wall-clock time goes: one phase runs at a time, in seconds. Only `train` counts against the cap."""
+    """Where the wall-clock time goes: one phase runs at a time, in seconds. The cap holds for train and calibrate."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.phase, self.since = device, "startup", time.perf_counter()
@@ -1192,19 +1399,15 @@ class Ledger:
 
 def progress(step: int, seconds: float, hp: Hyperparameters) -> float:
     """Part of the run that is done, 0 to 1, by ITERATIONS or by the time limit, whichever is further."""
-    return min(1.0, max(step / max(hp.iterations, 1), seconds / (hp.max_wallclock_seconds or math.inf)))
+    return min(1.0, max(step / max(hp.iterations, 1), seconds / (hp.step_seconds or math.inf)))
 
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """Learning rate / its base value: 1, then linear towards 0 at the end of the run, but not below MIN_LR.
-
-    WARMDOWN_ITERS, in time, are as long as so many steps take on average. (The published script knows only the time
-    where there is a limit, so that a run that ends by ITERATIONS has no warmdown.)
-    """
+    """Learning rate / its base value: 1, then linear to MIN_LR. WARMDOWN_ITERS become time by the average step."""
     left = (1.0 - progress(step, seconds, hp)) / max(hp.warmdown_frac, 1e-9)
     if hp.warmdown_iters:
         left = (hp.iterations - step) / hp.warmdown_iters
-        seconds_left = hp.max_wallclock_seconds - seconds if hp.max_wallclock_seconds else math.inf
+        seconds_left = hp.step_seconds - seconds if hp.step_seconds else math.inf
         left = min(left, seconds_left * max(step, 1) / max(hp.warmdown_iters * seconds, 1e-9))
     return min(1.0, max(left, hp.min_lr))
 
@@ -1216,11 +1419,8 @@ def muon_momentum(step: int, hp: Hyperparameters) -> float:
 
 
 def update_average(average: list[Tensor], weights: list[Tensor], step: int, decay: float) -> None:
-    """Exponential moving average after `step` steps, 1 for the first: those of step s count as decay ** (step - s).
-
-    Dividing by the sum of the coefficients keeps the untrained weights out. Runs that are short against
-    1 / (1 - decay) steps still want a smaller decay: theirs would be an average over all they went through.
-    """
+    """Exponential moving average after `step` steps, 1 for the first: those of step s count as decay ** (step - s),
+    over the sum of these. Short runs still want a smaller decay."""
     torch._foreach_lerp_(average, weights, (1.0 - decay) / (1.0 - decay**step))
 
 
@@ -1238,10 +1438,8 @@ def available_memory() -> int:
 
 
 def micro_batch_tokens(config: GPTConfig, seq_len: int, device: torch.device) -> int:
-    """Tokens of a first try at a forward and backward pass: 65,536 fill any GPU, 16,384 a CPU.
-
-    On a CPU, where an overrun is a kill, also what is safe: half of the memory over an upper estimate per token.
-    """
+    """Tokens of a first try at a forward and backward pass: 65,536 fill any GPU, 16,384 a CPU, where half of the memory
+    over an upper estimate per token must suffice: an overrun is a kill."""
     if device.type == "cuda":
         return 65_536
     per_layer = config.model_dim * (30 + 4 * config.mlp_mult) + config.num_heads * seq_len
@@ -1272,9 +1470,10 @@ def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -
         torch.cuda.empty_cache()
 
 
-class Trainer(NamedTuple):
-    """What a step needs."""
+CALIBRATION_TOKENS = 8192  # per forward and backward pass, which keep more than those of a compiled graph
 
+
+class Trainer(NamedTuple):  # what a step needs
     loss_fn: LossFn
     model: GPT
     optimizers: list[torch.optim.Optimizer]
@@ -1284,10 +1483,7 @@ class Trainer(NamedTuple):
 
 
 def train_step(run: Trainer, batch: Batch, scale: float, momentum: float) -> Tensor:
-    """One step on this rank's micro-batches. -> () mean nats per token of the whole step, on the device
-
-    Every loss is weighted by its share of the step's tokens, so that sums over micro-batches and ranks are the mean.
-    """
+    """One step on this rank's micro-batches, weighted by their share of its tokens. -> () mean nats per token"""
     total = torch.zeros((), device=run.world.device)
     for ids, targets in batch:
         loss = run.loss_fn(ids, targets) * (targets.numel() / run.hp.train_batch_tokens)
@@ -1307,10 +1503,7 @@ def train_step(run: Trainer, batch: Batch, scale: float, momentum: float) -> Ten
 
 
 def prime(run: Trainer, steps: int, log0: Log) -> None:
-    """Compile on real steps before the clock starts, then restore weights and optimizers; the loader has no state.
-
-    CUDA compiles the graph as a whole, and thus once for each order of the layers that the run takes.
-    """
+    """Compile on real steps before the clock starts, on CUDA for each order of the layers, then undo them."""
     weights = [p.detach().clone() for p in run.model.parameters()]
     both = run.world.device.type == "cuda" and run.model.config.num_loops > 0 and run.hp.enable_looping_at > 0
     for looping in (False, True) if both else (True,):
@@ -1326,10 +1519,7 @@ def prime(run: Trainer, steps: int, log0: Log) -> None:
 
 def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log) -> dict[str, Any]:
     """Run to ITERATIONS or the time limit, whichever comes first, average and validate. -> results by log key
-
-    A step is started only if the slowest of the last ten would still end within the limit; the first one always is. A
-    loss that is not finite raises FloatingPointError.
-    """
+    A step starts if the slowest of the last ten would end in time. FloatingPointError for a loss that is not finite."""
     hp, loader, results = run.hp, run.loader, dict[str, Any]()
     step, seconds, train_loss, recent = 0, 0.0, math.nan, deque([0.0], maxlen=10)
     weights = [p.detach() for p in run.model.parameters()]
@@ -1337,7 +1527,7 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
     batch = loader.batch(0)
     ledger.switch("train")
     while True:
-        position, capped = f"step:{step}/{hp.iterations}", 0 < hp.max_wallclock_seconds < seconds + max(recent)
+        position, capped = f"step:{step}/{hp.iterations}", 0 < hp.step_seconds < seconds + max(recent)
         last = capped or step == hp.iterations
         looping = last or progress(step, seconds, hp) >= hp.enable_looping_at
         if looping > run.model.looping and run.model.config.num_loops:
@@ -1378,6 +1568,48 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
         speed = round(step * hp.train_batch_tokens / seconds)
         results |= {"train_loss": train_loss, "train_seconds": seconds, "tokens_per_second": speed}
     return results | {"steps": step, "pre_quant_val_loss": score.val_loss, "pre_quant_val_bpb": score.val_bpb}
+
+
+def calibrate(run: Trainer, step: int, ledger: Ledger) -> Moments:
+    """Second moments per token of all coded layers, on the train batches from `step` on.
+
+    Takes GPTQ_CALIBRATION_BATCHES, fewer where MAX_WALLCLOCK_SECONDS end before, but one at least. Hooks see the layers
+    without torch.compile and a few sequences at a time; for a looped layer, all its passes add up.
+    """
+    model, hp, cap = run.model, run.hp, run.model.config.logit_softcap
+    spent = run.world.agree(ledger.seconds("train") + ledger.seconds("calibrate"))
+    layers, zeros = coded_layers(model), functools.partial(torch.zeros, device=run.world.device)
+    moments = {n: (zeros(m.weight.size(1), m.weight.size(1)), zeros(m.weight.size(0))) for n, m in layers.items()}
+
+    def watch(name: str, layer: Linear) -> Any:
+        def add_gradient(g: Tensor) -> None:
+            moments[name][1].add_(g.flatten(0, -2).float().square().sum(0))
+
+        def add_input(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            moments[name][0].addmm_(x.mT, x)
+            output.register_hook(add_gradient)
+
+        return layer.register_forward_hook(add_input)
+
+    hooks = [watch(name, layer) for name, layer in layers.items()]
+    with torch.compiler.set_stance("force_eager"):
+        for batch in range(hp.gptq_calibration_batches):
+            for ids, targets in run.loader.batch(step + batch):
+                n_rows = max(1, CALIBRATION_TOKENS // ids.size(1))
+                for part, answers in zip(ids.split(n_rows), targets.split(n_rows), strict=True):
+                    logits = cap * torch.tanh(model.output(norm(model.hidden(part))).float() / cap)  # as output_logits
+                    F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="sum").backward()
+            model.zero_grad(set_to_none=True)
+            before, spent = spent, run.world.agree(ledger.seconds("train") + ledger.seconds("calibrate"))
+            if hp.max_wallclock_seconds and 2 * spent - before > hp.max_wallclock_seconds:
+                break
+    for hook in hooks:
+        hook.remove()
+    flat = [x for m in moments.values() for x in m]
+    run.world.sum_all(flat)
+    torch._foreach_div_(flat, (batch + 1) * hp.train_batch_tokens)
+    return moments
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1462,25 +1694,15 @@ def train_artifact(
     if compiled:
         prime(run, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), log0)
     results = train(run, lambda: evaluate(logits_fn, split, config, hp, world), ledger, log0)
+    moments = {}
+    if hp.codec == "trellis_ans":
+        ledger.switch("calibrate")
+        moments = calibrate(run, results["steps"], ledger)
     ledger.switch("quantize")
     if world.rank == 0:
-        write_file(path, pack_artifact(model))
+        write_file(path, fit_artifact(model, moments, hp, log0) if moments else pack_artifact(model))
     world.agree(0.0)  # the other ranks wait for the file
     return {**results, **sizes}
-
-
-def score_artifact(
-    path: Path, config: GPTConfig, split: ValSplit, hp: Hyperparameters, world: World, ledger: Ledger
-) -> Score:
-    """Score the file at `path`, rebuilt from the disk."""
-    ledger.switch("load")
-    model = load_artifact(path, world.device)
-    model.compute_dtype = pick_dtype(world.device, config.compute_dtype)
-    logits_fn = compile_model(model, wants_compile(hp.compile, world.device))[1]
-    ledger.switch("evaluate")
-    score = evaluate(logits_fn, split, model.config, hp, world)
-    ledger.switch("report")
-    return score
 
 
 def report(
@@ -1488,19 +1710,19 @@ def report(
 ) -> bool:
     """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
     (memory, reserved), bytes_artifact = peak_memory_mib(world.device), path.stat().st_size
-    bytes_total = bytes_code + bytes_artifact
+    bytes_total, codec = bytes_code + bytes_artifact, hp.codec.replace("_", "+")
     record |= {"bytes_code": bytes_code, "bytes_artifact": bytes_artifact, "bytes_total": bytes_total}
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in ledger.spent.items()}
     if world.rank == 0:
         text = json.dumps(record | seconds | {"peak_memory_mib": memory}, indent=1, allow_nan=False)
         write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
     log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
-    log0(f"ledger {key_values(seconds)} counted:seconds_train")
+    log0(f"ledger {key_values(seconds)} counted:seconds_train,seconds_calibrate")
     shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
     log0(key_values({key: round(record[key], 4) for key in shown if key in record}))
-    log0(f"Serialized model int8+zlib: {bytes_artifact} bytes")
+    log0(f"Serialized model {codec}: {bytes_artifact} bytes")
     log0(f"Code size: {bytes_code} bytes")
-    log0(f"Total submission size int8+zlib: {bytes_total} bytes")
+    log0(f"Total submission size {codec}: {bytes_total} bytes")
     if bytes_total > hp.max_total_bytes:
         log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
     return bytes_total <= hp.max_total_bytes
@@ -1520,13 +1742,14 @@ def main() -> int:
     usual = {"PRESET": hp.preset}
     defaults = vars(from_env(GPTConfig, usual)) | vars(from_env(Hyperparameters, usual))
     changed = [f"{n.upper()}={v}" for n, v in {**vars(config), **vars(hp)}.items() if v != defaults[n]]
-    world, code, path = start_world(), Path(__file__).read_bytes(), Path(hp.artifact_dir, ARTIFACT_NAME)
+    world, code, path = start_world(), Path(__file__).read_bytes(), Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec])
     ledger = Ledger(world.device)
     hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
     config = dataclasses.replace(config, eval_seq_len=config.eval_seq_len or hp.train_seq_len)
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
-        config = adopt_config(config, load_artifact(path).config)
+        stored, header, _, _ = read_artifact(path)
+        config, hp = adopt_config(config, stored.config), dataclasses.replace(hp, codec=header["codec"])
     else:
         loader = Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world)
     dtype = pick_dtype(world.device, config.compute_dtype)
@@ -1547,12 +1770,18 @@ def main() -> int:
     record = {**vars(config), **vars(hp), **machine, **identity}
     if not hp.eval_artifact:
         record |= train_artifact(path, config, loader, split, hp, ledger, log0)
-    score = score_artifact(path, config, split, hp, world, ledger)
+    ledger.switch("load")
+    model = load_artifact(path, world.device)  # what is scored is rebuilt from the disk
+    model.compute_dtype = dtype
+    logits_fn = compile_model(model, wants_compile(hp.compile, world.device))[1]
+    ledger.switch("evaluate")
+    score = evaluate(logits_fn, split, model.config, hp, world)
+    ledger.switch("report")
     record |= {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     record |= {"val_nats": score.nats, "scored_tokens": score.tokens, "scored_bytes": score.bytes}
     fits = report(record, path, len(code), hp, world, ledger, log0)
-    log0(f"final_{CODEC}_roundtrip {score:.4f} eval_time:{1000 * ledger.spent['evaluate']:.0f}ms")
-    log0(f"final_{CODEC}_roundtrip_exact {score:.8f} {key_values(method)}")
+    log0(f"final_{hp.codec}_roundtrip {score:.4f} eval_time:{1000 * ledger.spent['evaluate']:.0f}ms")
+    log0(f"final_{hp.codec}_roundtrip_exact {score:.8f} {key_values(method)}")
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if fits else 3

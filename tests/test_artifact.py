@@ -31,8 +31,8 @@ IDS = torch.arange(12).view(2, 6) % 8
 
 @pytest.fixture(scope="module")
 def small_config() -> tg.GPTConfig:
-    """All techniques, so that every kind of tensor is stored: 2 layers, run as 0 0 1, the last with two streams."""
-    parts = {"rope_dims": 2, "num_loops": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1}
+    """All techniques, so that every kind of tensor is stored: 2 layers, run as 0 0 1."""
+    parts = {"rope_dims": 2, "num_loops": 1, "loop_start": 0, "loop_end": 0}
     shape = {"vocab_size": 8, "num_layers": 2, "model_dim": 4, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 1}
     return tg.GPTConfig(**shape, **parts, eval_seq_len=6)
 
@@ -217,7 +217,6 @@ def test_random_header_with_a_valid_checksum_is_refused(refused, text):
         (lambda h: h["config"].update(num_loops=-1), "NUM_LOOPS"),
         (lambda h: h["config"].update(document_masks=1), "DOCUMENT_MASKS"),
         (lambda h: h["config"].update(leaky_relu_slope=math.inf), "LEAKY_RELU_SLOPE"),
-        (lambda h: h["config"].update(parallel_start_layer=0), "tensor table"),
         (lambda h: h["config"].update(skip_gates_enabled=False), "tensor table"),
         (lambda h: h["config"].pop("smear_gate_enabled"), "config"),
         (lambda h: h["config"].update(surprise=1), "surprise"),

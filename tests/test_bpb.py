@@ -64,7 +64,7 @@ def model(scored_config, random_model) -> tg.GPT:
 @pytest.fixture(scope="module")
 def record_model(record_config, random_model) -> tg.GPT:
     """With all techniques, in 3 layers run as 0 0 1 2: what looks back is what windows and rows could disturb."""
-    parts = {"num_layers": 3, "num_loops": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 2}
+    parts = {"num_layers": 3, "num_loops": 1, "loop_start": 0, "loop_end": 0}
     return random_model(dataclasses.replace(record_config, vocab_size=320, **parts))
 
 

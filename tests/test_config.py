@@ -21,12 +21,13 @@ PUBLISHED_SETTINGS = (
     "MAX_WALLCLOCK_SECONDS=600 VAL_BATCH_SIZE=524288 VAL_LOSS_EVERY=1000 TRAIN_LOG_EVERY=200 GRAD_CLIP_NORM=0 "
     "TIED_EMBED_INIT_STD=0.005 QK_GAIN_INIT=1.5 EMBED_LR=0.6 HEAD_LR=0.008 TIED_EMBED_LR=0.05 MATRIX_LR=0.04 "
     "SCALAR_LR=0.04 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 "
-    "MUON_BACKEND_STEPS=5 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 MAX_TOTAL_BYTES=16000000"
+    "MUON_BACKEND_STEPS=5 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 MAX_TOTAL_BYTES=16000000 CODEC=int8_zlib"
 )
 PUBLISHED = dict(item.split("=") for item in PUBLISHED_SETTINGS.split())
 NOT_OF_THE_RECIPE = (  # fields that change neither what is learned nor what is scored, or do not beside the others
     "preset run_id data_path tokenizer_path out_dir artifact_dir eval_artifact compile compute_dtype "
-    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at"
+    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
+    "trellis_states max_weight_bits gptq_calibration_batches gptq_reserve_seconds"
 )
 SETTINGS = {field.name.upper() for cls in (tg.GPTConfig, tg.Hyperparameters) for field in dataclasses.fields(cls)}
 
@@ -74,24 +75,24 @@ def test_baseline_has_none_of_the_techniques_that_came_later():
 
 
 def test_record_has_the_published_shape_and_almost_its_number_of_parameters():
-    """The published recipe of this shape counts 35,945,673: 66 scalars for lanes, where 3 layers of 11 use 18, and 2
-    that nothing trains."""
+    """The published recipe of this shape counts 35,945,673: it has 66 scalars for two residual lanes, and 2 that
+    nothing trains."""
     config, _ = read()
     shape = config.vocab_size, config.num_layers, config.model_dim, config.num_heads, config.num_kv_heads
     assert shape == (8192, 11, 512, 8, 4)
-    assert (config.rope_dims, config.xsa_last_n, config.parallel_start_layer, config.num_loops) == (16, 11, 8, 2)
+    assert (config.rope_dims, config.xsa_last_n, config.num_loops) == (16, 11, 2)
     vectors = {"gain": 8, "scales": 2 * 512, "mix": 2 * 512, "gate": 8 * 12}  # of a layer
     matrices = 2 * 512 * 512 + 2 * 256 * 512 + 2 * 4 * 512 * 512
-    rest = {"embedding": 8192 * 512, "smear": 13, "skips": 8 * 2 * 512, "lanes": 3 * 6}
-    assert n_parameters(config) == 11 * (matrices + sum(vectors.values())) + sum(rest.values()) == 35_945_623
-    assert n_parameters(config) == 35_945_673 - (66 - 18) - 2
+    rest = {"embedding": 8192 * 512, "smear": 13, "skips": 8 * 2 * 512}
+    assert n_parameters(config) == 11 * (matrices + sum(vectors.values())) + sum(rest.values()) == 35_945_605
+    assert n_parameters(config) == 35_945_673 - 66 - 2
 
 
 def another_value(field: dataclasses.Field) -> str:
     """A valid setting that is not the default."""
     named = {"preset": "smoke", "eval_method": "flat", "compute_dtype": "float32", "compile": "1"}
     named |= {"model_dim": "256", "num_heads": "4", "num_kv_heads": "2", "rope_dims": "4", "train_batch_tokens": "2048"}
-    named |= {"train_seq_len": "1024"}
+    named |= {"train_seq_len": "1024", "codec": "int8_zlib", "trellis_states": "4"}
     if field.name in named or isinstance(field.default, str):
         return named.get(field.name, "other")
     if isinstance(field.default, bool):
@@ -126,6 +127,12 @@ def test_bool_is_0_or_1(text, value):
         ("NUM_LAYERS", "0"),
         ("NUM_LAYERS", "-1"),
         ("NUM_LAYERS", "1000000000"),
+        ("CODEC", "int6"),
+        ("TRELLIS_STATES", "2"),
+        ("MAX_WEIGHT_BITS", "0.5"),
+        ("MAX_WEIGHT_BITS", "8.5"),
+        ("GPTQ_CALIBRATION_BATCHES", "0"),
+        ("GPTQ_RESERVE_SECONDS", "-1"),
         ("VOCAB_SIZE", "0"),
         ("VOCAB_SIZE", "65537"),  # ids are stored as uint16
         ("MODEL_DIM", "500"),
@@ -151,7 +158,6 @@ def test_bool_is_0_or_1(text, value):
         ("ROPE_DIMS", "-2"),
         ("LN_SCALE", "yes"),
         ("XSA_LAST_N", "-1"),
-        ("PARALLEL_START_LAYER", "-1"),
         ("NUM_LOOPS", "-1"),
         ("NUM_LOOPS", "257"),
         ("LOOP_START", "-1"),
@@ -195,16 +201,6 @@ def test_bool_is_0_or_1(text, value):
 def test_wrong_value_is_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(value)}"):
         read(**{name: value})
-
-
-def test_lanes_may_not_begin_inside_the_loop():
-    """The second pass would start from one lane and drop the other without a word."""
-    for start in (4, 5):
-        with pytest.raises(ValueError, match=f"PARALLEL_START_LAYER={start} must not lie inside the loop"):
-            read(PARALLEL_START_LAYER=str(start))
-    for start in (0, 1, 3, 6):
-        assert read(PARALLEL_START_LAYER=str(start))[0].parallel_start_layer == start
-    assert read(PARALLEL_START_LAYER="4", NUM_LOOPS="0")[0].parallel_start_layer == 4
 
 
 def test_loop_that_is_off_may_name_layers_that_are_not_there():

@@ -88,8 +88,7 @@ def reference_attention(x, w, config, layer, first):
     return out @ w[f"{prefix}.proj.weight"].T
 
 
-def reference_block(x, y, x0, w, config, layer, first):
-    """-> the streams that attention and MLP of the next layer read"""
+def reference_block(x, x0, w, config, layer, first):
     b, scale = f"blocks.{layer}", 1 / math.sqrt(layer + 1) if config.ln_scale else 1
 
     def mlp(z: torch.Tensor) -> torch.Tensor:
@@ -99,13 +98,8 @@ def reference_block(x, y, x0, w, config, layer, first):
 
     mixed = w[f"{b}.resid_mix"][0] * x + w[f"{b}.resid_mix"][1] * x0
     attn = w[f"{b}.attn_scale"] * reference_attention(scale * rms(mixed), w, config, layer, first)
-    if not 0 < config.parallel_start_layer <= layer:
-        x = mixed + attn
-        x = x + mlp(x)
-        return x, x
-    (keep_x, attn_x, mlp_x), (keep_y, attn_y, mlp_y) = w[f"{b}.lanes"]
-    m = mlp(y)
-    return keep_x * x + attn_x * attn + mlp_x * m, keep_y * y + attn_y * attn + mlp_y * m
+    x = mixed + attn
+    return x + mlp(x)
 
 
 def reference_embedding(ids, w, config):
@@ -126,17 +120,17 @@ def reference_logits(model: tg.GPT, ids: torch.Tensor, looping: bool = True) -> 
         loop = list(range(config.loop_start, config.loop_end + 1))
         order = order[: loop[0]] + (1 + config.num_loops) * loop + order[loop[-1] + 1 :]
     x0, first, stack, half = reference_embedding(ids, w, config), first_seen(ids, config), [], len(order) // 2
-    x = y = x0
+    x = x0
     for i, layer in enumerate(order):
         if i >= half and stack:
             skip = w["skip_weights"][i - half] * stack.pop()
             gate = sigmoid(w["skip_gates"][i - half]) if config.skip_gates_enabled else None
-            x = x + skip if gate is None else gate * x + (1 - gate) * skip  # into the lane of attention only
-        x, y = reference_block(x, y, x0, w, config, layer, first)
+            x = x + skip if gate is None else gate * x + (1 - gate) * skip
+        x = reference_block(x, x0, w, config, layer, first)
         if i < half:
             stack.append(x)
     out = w["tok_emb.weight"] if config.tie_embeddings else w["lm_head.weight"]
-    return config.logit_softcap * torch.tanh(rms((x + y) / 2) @ out.T / config.logit_softcap)
+    return config.logit_softcap * torch.tanh(rms(x) @ out.T / config.logit_softcap)
 
 
 def assert_equals_reference(model: tg.GPT, ids: torch.Tensor, looping: bool = True) -> None:
@@ -166,13 +160,11 @@ def assert_equals_reference(model: tg.GPT, ids: torch.Tensor, looping: bool = Tr
         {"smear_gate_enabled": True},
         {"smear_gate_enabled": True, "sparse_attn_gate_enabled": True, "model_dim": 8},  # fewer than 12 channels
         {"skip_gates_enabled": True},
-        {"parallel_start_layer": 4},
-        {"parallel_start_layer": 1},  # skips come from the lane of attention and go to it
         {"document_masks": True},
         {"num_loops": 1, "loop_start": 2, "loop_end": 2},
         {"num_loops": 2, "loop_start": 1, "loop_end": 3},
         {"num_loops": 3, "loop_start": 0, "loop_end": 4, "ln_scale": True, "skip_gates_enabled": True},
-        {"num_loops": 2, "loop_start": 3, "loop_end": 4, "parallel_start_layer": 3, "xsa_last_n": 1},
+        {"num_loops": 2, "loop_start": 3, "loop_end": 4, "xsa_last_n": 1},
     ],
     ids=str,
 )
@@ -182,9 +174,7 @@ def test_logits_equal_those_of_an_independent_implementation(config, random_mode
 
 
 @pytest.mark.parametrize("looping", [False, True])
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": False, "num_kv_heads": 1}, {"document_masks": False, "parallel_start_layer": 1}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "num_kv_heads": 1}, {"document_masks": False}])
 def test_logits_with_all_techniques_equal_those_of_the_independent_implementation(
     record_config, random_model, ids, looping, changes
 ):
@@ -362,17 +352,15 @@ def unrolled(model: tg.GPT, order: list[int], **changes: object) -> tg.GPT:
 @pytest.fixture
 def eleven_layers(record_config, random_model) -> tg.GPT:
     """The record but for its width."""
-    whole = {"num_layers": 11, "xsa_last_n": 11, "parallel_start_layer": 8, "loop_start": 3, "loop_end": 5}
+    whole = {"num_layers": 11, "xsa_last_n": 11, "loop_start": 3, "loop_end": 5}
     return random_model(dataclasses.replace(record_config, **whole))
 
 
-@pytest.mark.parametrize(
-    ("looping", "order", "lanes_from"), [(True, RECORD_ORDER, 14), (False, list(range(11)), 8)], ids=["on", "off"]
-)
-def test_looped_layers_equal_copies_that_share_their_weights(eleven_layers, ids, looping, order, lanes_from):
+@pytest.mark.parametrize(("looping", "order"), [(True, RECORD_ORDER), (False, list(range(11)))], ids=["on", "off"])
+def test_looped_layers_equal_copies_that_share_their_weights(eleven_layers, ids, looping, order):
     """Logits, and gradients too: that of a shared matrix is the sum of those of its copies."""
     eleven_layers.looping = looping
-    other = unrolled(eleven_layers, order, parallel_start_layer=lanes_from, xsa_last_n=len(order))
+    other = unrolled(eleven_layers, order, xsa_last_n=len(order))
     torch.testing.assert_close(eleven_layers(ids), other(ids), atol=2e-5, rtol=0)
     for model in (eleven_layers, other):
         model.loss(ids, ids.flip(1)).backward()
@@ -418,20 +406,19 @@ def test_gates_start_half_open_and_nothing_is_smeared(record_config, record_hp, 
 
 
 def test_scalars_start_at_the_values_of_the_description(record_config, record_hp):
-    """Streams pass unchanged, but for the lanes, which keep 1.1 of themselves and take all of attention and MLP."""
+    """The stream passes unchanged; all of the skips, of attention and of the MLP is added."""
     model = initialised(record_config, dataclasses.replace(record_hp, qk_gain_init=5.25))
-    lane, one, zero = torch.tensor([1.1, 1.0, 1.0]), torch.ones(32), torch.zeros(32)
+    one, zero = torch.ones(32), torch.zeros(32)
     assert torch.equal(model.skip_weights, torch.ones(5, 32))
-    for layer, block in enumerate(model.blocks):
+    for block in model.blocks:
         assert torch.equal(block.resid_mix, torch.stack((one, zero)))
         assert torch.equal(block.attn_scale, one)
         assert torch.equal(block.mlp_scale, one)
         assert torch.equal(block.attn.q_gain, torch.full((4,), 5.25))
-        assert block.lanes is None if layer < 5 else torch.equal(block.lanes, torch.stack((lane, lane)))
 
 
 def test_new_model_predicts_as_if_it_had_no_layers(record_config, record_hp, ids):
-    """Whatever the skips, lanes and loops: every block starts as the identity, up to a factor."""
+    """Whatever the skips and loops: every block starts as the identity, up to a factor."""
     model = initialised(record_config, record_hp)
     e = model.tok_emb.weight.detach().double()
     expected = 5 * torch.tanh(rms(rms(e[ids])) @ e.T / 5)
@@ -566,7 +553,7 @@ def test_whole_graph_is_traced_in_one_piece_and_once_per_way_through_the_layers(
 ):
     """As a GPU compiles it: what the compiler cannot trace ends the run, and a graph compiled after training has begun
     costs a minute of ten."""
-    parts = {"num_layers": 3, "loop_end": 1, "parallel_start_layer": 2}
+    parts = {"num_layers": 3, "loop_end": 1}
     model = random_model(dataclasses.replace(record_config, num_loops=num_loops, **parts))
     loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
     for model.looping in (False, True, False, True):

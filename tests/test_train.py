@@ -259,7 +259,7 @@ def average_of(history: list[dict[str, torch.Tensor]], decay: float) -> dict[str
 
 def test_stored_model_is_the_average_of_the_weights(monkeypatch, trainer, data, tmp_path):
     """As it is scored at the end: recomputed from the weights after every step of a real run."""
-    run = trainer(recipe="record", iterations=6, ema_decay=0.7, val_loss_every=0)
+    run = trainer(recipe="record", iterations=6, ema_decay=0.7, val_loss_every=0, codec="int8_zlib")
     history, train_step = [], tg.train_step
 
     def step_and_look(run: tg.Trainer, *args: object) -> torch.Tensor:
@@ -457,7 +457,7 @@ def test_run_ends_with_the_score_of_its_artifact(trained):
     assert trained.artifact.exists()
     assert (trained.folder / "logs" / "run.txt").read_text() == trained.out
     assert trained.err == ""
-    assert sorted(p.name for p in trained.folder.iterdir()) == [tg.ARTIFACT_NAME, "logs"]
+    assert sorted(p.name for p in trained.folder.iterdir()) == ["final_model.int8.ptz", "logs"]
 
 
 def test_run_learns(trained):
@@ -503,6 +503,16 @@ def test_score_of_a_record_is_that_of_its_documents_one_by_one(trained_record, d
     expected = nats / (len(ids) - 1), nats / math.log(2) / n_bytes
     assert scores(trained_record) == pytest.approx(expected, abs=2e-6)
     assert trained_record.last_line.endswith(" eval_method:document eval_seq_len:32 eval_stride:32")
+
+
+def test_artifact_of_codes_is_scored_the_same_again(trained_record, run_script, record_settings):
+    """The codec comes from the file, whatever CODEC says."""
+    again = run_script(**record_settings, CODEC="int8_zlib", EVAL_ARTIFACT=str(trained_record.artifact))
+    assert again.status == 0, again.err
+    assert again.last_line == trained_record.last_line
+    assert again.last_line.startswith("final_trellis_ans_roundtrip_exact ")
+    assert again.record["codec"] == "trellis_ans"
+    assert trained_record.artifact.name == "final_model.trellis.ptz"
 
 
 def test_record_run_learns_and_loops_after_a_third(trained_record):
@@ -587,7 +597,7 @@ def test_score_that_is_not_finite_stops_the_run(run_script):
 
 def test_artifact_of_an_earlier_run_does_not_survive_a_failed_one(run_script, tmp_path):
     """It would pass for the result."""
-    old = tmp_path / tg.ARTIFACT_NAME
+    old = tmp_path / "final_model.int8.ptz"
     old.write_bytes(b"old")
     assert run_script(MATRIX_LR="1e15", TIED_EMBED_LR="1e15", ARTIFACT_DIR=str(tmp_path)).status == 1
     assert not old.exists()
@@ -603,13 +613,14 @@ def test_place_that_cannot_be_written_is_found_before_training(run_script, tmp_p
     assert "Traceback" not in run.err
 
 
-def test_run_over_the_limit_saves_everything_and_exits_with_status_3(run_script):
+@pytest.mark.parametrize("codec", ["int8_zlib", "trellis_ans"])
+def test_run_over_the_limit_saves_everything_and_exits_with_status_3(run_script, codec):
     """The training is paid for: the file stays, the status tells scripts that it does not count."""
-    run = run_script(MAX_TOTAL_BYTES="1000", ITERATIONS="1")
+    run = run_script(MAX_TOTAL_BYTES="1000", ITERATIONS="1", CODEC=codec)
     assert run.status == 3
     assert run.artifact.exists()
     assert f"bytes_total:{run.record['bytes_total']} exceeds MAX_TOTAL_BYTES=1000" in run.out
-    assert run.last_line.startswith("final_int8_zlib_roundtrip_exact ")
+    assert run.last_line.startswith(f"final_{codec}_roundtrip_exact ")
 
 
 def test_partial_score_is_called_partial(trained, run_script):

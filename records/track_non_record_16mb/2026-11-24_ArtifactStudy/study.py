@@ -1,0 +1,373 @@
+"""What the artifact's parts are worth: bits per byte against bytes, for the same trained weights.
+
+    python study.py train  --data DIR --tokenizer FILE --work DIR       train both models, keep their float32 weights
+    python study.py curves --score DIR [DIR ...] --work DIR             points.jsonl: every way to store them
+    python study.py roles  --work DIR                                   roles.jsonl: predicted and measured loss
+    python study.py report                                              tables and curves.svg from the two files
+
+DIR holds shards with 1,024 pieces, FILE their SentencePiece model; the weights stay in --work. Every point quantizes the
+same weights with one rule for the steps, one trellis and one size in bits per weight, found by search, codes the result
+with three coders, and scores what the codes stand for on the first SCORED tokens of each validation split. train_gpt.py
+beside this file does the work. Coding with brotli needs `pip install brotli`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+SCORED, COMPARED = 30_000, 8_192  # tokens: of each validation split, of the first one for the divergence
+COMMON = "PRESET=smoke MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 SEED=1 MICRO_BATCH_TOKENS=2048 COMPUTE_DTYPE=float32 "
+MODELS = {
+    "2.1 M": COMMON + "ITERATIONS=450",
+    "0.6 M": COMMON + "MODEL_DIM=128 ITERATIONS=400",
+}
+BATCHES = 16  # of 2,048 training tokens, for the moments and for the measured loss
+
+
+def load_script() -> Any:
+    spec = importlib.util.spec_from_file_location("train_gpt", HERE / "train_gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tg = load_script()
+
+
+def weights_path(work: Path, name: str) -> Path:
+    return work / f"{name.replace(' ', '_')}.pt"
+
+
+def settings(name: str, data: Path) -> tuple[Any, Any]:
+    env = {**dict(item.split("=") for item in MODELS[name].split()), "DATA_PATH": str(data)}
+    config, hp = tg.from_env(tg.GPTConfig, env), tg.from_env(tg.Hyperparameters, env)
+    return dataclasses.replace(config, eval_seq_len=hp.train_seq_len), hp
+
+
+def make_run(name: str, data: Path) -> Any:
+    config, hp = settings(name, data)
+    loader = tg.Loader(tg.TokenStream(str(data), "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, tg.World())
+    model = tg.GPT(config)
+    tg.init_weights(model, hp)
+    return tg.Trainer(model.loss, model, tg.build_optimizers(model, hp, tg.World()), loader, hp, tg.World())
+
+
+def train(args: argparse.Namespace) -> None:
+    for name in args.models:
+        run = make_run(name, args.data)
+        loss_fn, _ = tg.compile_model(run.model, tg.wants_compile("auto", torch.device("cpu")))
+        ledger = tg.Ledger(torch.device("cpu"))
+        tg.train(run._replace(loss_fn=loss_fn), lambda: tg.Score(1.0, 1, 1), ledger, print)
+        torch.save(
+            {"state": run.model.state_dict(), "data": str(args.data), "tokenizer": str(args.tokenizer)},
+            weights_path(args.work, name),
+        )
+
+
+def load(work: Path, name: str) -> tuple[Any, str]:
+    """-> a run with the trained model, and the tokenizer's path"""
+    saved = torch.load(weights_path(work, name), weights_only=True)
+    run = make_run(name, Path(saved["data"]))
+    run.model.load_state_dict(saved["state"])
+    return run, saved["tokenizer"]
+
+
+def moments_of(run: Any) -> Any:
+    hp = dataclasses.replace(run.hp, gptq_calibration_batches=BATCHES)
+    return tg.calibrate(run._replace(hp=hp), run.hp.iterations, tg.Ledger(torch.device("cpu")))
+
+
+# Rules for the steps: log2 of the step of each row, up to a common constant.
+
+
+def clips(name: str, w: torch.Tensor) -> torch.Tensor:
+    """The published hand-set ones: k standard deviations of the row / (2**(bits - 1) - 1)."""
+    k, levels = (14.0, 63) if "tok_emb" in name else (13.0, 31) if ".attn." in name else (11.5, 31)
+    return (k / levels * w.std(1)).log2()
+
+
+RULES: dict[str, Callable[[str, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = {
+    "published clips": lambda n, w, m: clips(n, w),
+    "published clips, one step per matrix": lambda n, w, m: clips(n, w).mean().expand(len(w)),
+    "equal cost, per matrix": lambda n, w, m: -0.5 * (m[1].mean() * tg.factorize(m[0])[1].mean()).log2().expand(len(w)),
+    "equal cost, per row": lambda n, w, m: (
+        -0.5 * ((0.77 * m[1] + 0.23 * m[1].mean()) * tg.factorize(m[0])[1].mean()).log2()
+    ),
+}
+
+
+def quantize(run: Any, moments: Any, rule: str, kind: str, scale: float) -> dict[str, tuple[Any, Any, Any]]:
+    """-> by weight: exponents, codes, quantizers; kind: rtn, or the number of states with or without the rate term"""
+    layers, coded = tg.coded_layers(run.model), {}
+    wanted = {n: RULES[rule](n, m.weight.detach(), moments[n]) for n, m in layers.items()}
+    largest = max(float(x.max()) for x in wanted.values())
+    for n, m in layers.items():
+        w = m.weight.detach()
+        finest = 8 * (scale * tg.MAX_CODE / w.abs().amax(1)).log2()
+        exponents = torch.minimum((8 * (largest - wanted[n])).round(), finest.floor()).clamp(0, 255).byte().numpy()
+        step = tg.row_steps(scale, exponents)
+        if kind == "rtn":
+            codes = (w / step).round().clamp(-tg.MAX_CODE, tg.MAX_CODE).to(torch.int8)
+            coded[n] = exponents, codes.numpy(), np.zeros(codes.shape, np.uint8)
+        else:
+            states, rate = (int(kind.split()[0]), 0.0 if "no rate" in kind else 1.0)
+            pair = tg.quantize_codes(w, moments[n][0], step, states, rate)
+            coded[n] = exponents, *(x.numpy() for x in pair)
+    return coded
+
+
+def states_of(kind: str) -> int:
+    return 1 if kind == "rtn" else int(kind.split()[0])
+
+
+def sizes(run: Any, kind: str, scale: float, coded: Any) -> dict[str, int]:
+    """Bytes of the artifact by coder; with zlib and brotli the codes take the place of the words."""
+    packed = tg.pack_artifact(run.model, states_of(kind), scale, coded)
+    length = tg.ARTIFACT_PREFIX.unpack_from(packed)[2]
+    unpacker = zlib.decompressobj()
+    payload = unpacker.decompress(packed[16 + length :])[: -2 * math.prod(tg.FREQUENCIES)]
+    plain = payload + b"".join(codes.tobytes() for _, codes, _ in coded.values())
+    found = {"ours": len(packed), "zlib": 16 + length + len(zlib.compress(plain, 9))}
+    try:
+        import brotli
+
+        found["brotli"] = 16 + length + len(brotli.compress(plain, quality=11, lgwin=24))
+    except ImportError:
+        pass
+    return found
+
+
+def with_codes(run: Any, scale: float, coded: Any) -> Any:
+    """A copy of the model with the weights that the codes stand for."""
+    model = copy.deepcopy(run.model)
+    layers = tg.coded_layers(model)
+    with torch.no_grad():
+        for n, (exponents, codes, quantizer) in coded.items():
+            step = tg.row_steps(scale, exponents)
+            layers[n].weight.copy_(tg.dequantize(torch.from_numpy(codes), torch.from_numpy(quantizer), step))
+        for n, p in model.named_parameters():
+            if n not in layers:
+                q, s = tg.quantize_rows(p.reshape(-1, p.shape[-1]))
+                p.copy_((q.float() * s.float()).view(p.shape))
+    return model
+
+
+def splits(run: Any, folders: list[Path], tokenizer: str) -> dict[str, Any]:
+    found = {}
+    for folder in folders:
+        hp = dataclasses.replace(run.hp, data_path=str(folder), val_max_tokens=SCORED)
+        sp, sha256 = tg.load_tokenizer(tokenizer, run.model.config)
+        found[folder.name] = tg.load_val_split(hp, run.model.config, sp, sha256)
+    return found
+
+
+def score(model: Any, run: Any, parts: dict[str, Any]) -> dict[str, float]:
+    return {n: tg.evaluate(model.forward, s, run.model.config, run.hp, tg.World()).val_bpb for n, s in parts.items()}
+
+
+@torch.no_grad()
+def divergence(exact: Any, model: Any, split: Any) -> float:
+    """Kullback-Leibler divergence of the predictions, in nats per token. Unlike the loss it has no part that is linear
+    in the errors, whose sign is chance: it tells apart what the loss of so few tokens does not."""
+    ids = torch.from_numpy(split.ids[:COMPARED].astype(np.int64)).view(-1, exact.config.eval_seq_len)
+    p, q = (torch.log_softmax(m(ids).double(), -1) for m in (exact, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def points() -> Iterator[tuple[str, str, float]]:
+    """Rule, kind and bits per weight, from what matters most."""
+    for kind in ("1 state, no rate", "8 states", "4 states", "1 state", "rtn"):
+        yield "equal cost, per row", kind, 3.25
+    for rule in ("published clips", "equal cost, per matrix", "published clips, one step per matrix"):
+        yield rule, "1 state, no rate", 3.25
+    for kind in ("rtn", "8 states"):
+        yield "published clips", kind, 3.25
+    for bits in (3.25, 4.0):
+        yield "equal cost, per row", "8 states, no rate", bits
+    for bits in (2.75, 4.0):
+        for kind in ("1 state, no rate", "8 states"):
+            yield "equal cost, per row", kind, bits
+        yield "published clips", "1 state, no rate", bits
+
+
+def curves(args: argparse.Namespace) -> None:
+    path = HERE / "points.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(p["model"], p["rule"], p["kind"], p["bits"]) for p in lines}
+    for name in args.models:
+        run, tokenizer = load(args.work, name)
+        parts = splits(run, args.score, tokenizer)
+        base = {"model": name, "parameters": sum(p.numel() for p in run.model.parameters())}
+
+        def write(point: dict[str, Any], base: dict[str, Any] = base) -> None:
+            with path.open("a") as file:
+                file.write(json.dumps({**base, **point}) + "\n")
+            print({**base, **point}, flush=True)
+
+        if (name, "-", "float32", 32.0) not in done:
+            write({"rule": "-", "kind": "float32", "bits": 32.0, "bytes": {}, "val_bpb": score(run.model, run, parts)})
+            int8 = tg.pack_artifact(run.model)
+            (args.work / "int8.ptz").write_bytes(int8)
+            loaded = tg.load_artifact(args.work / "int8.ptz")
+            loaded.compute_dtype = torch.float32
+            write(
+                {
+                    "rule": "-",
+                    "kind": "int8",
+                    "bits": 8.0,
+                    "bytes": {"zlib": len(int8)},
+                    "val_bpb": score(loaded, run, parts),
+                }
+            )
+        moments = moments_of(run)
+        for rule, kind, bits in points():
+            if (name, rule, kind, bits) in done:
+                continue
+            scale = find_scale(run, moments, rule, kind, bits)
+            seconds = time.perf_counter()
+            coded = quantize(run, moments, rule, kind, scale)
+            seconds = round(time.perf_counter() - seconds, 1)
+            n = sum(codes.size for _, codes, _ in coded.values())
+            point = {"rule": rule, "kind": kind, "bits": bits, "bytes": sizes(run, kind, scale, coded), "codes": n}
+            model = with_codes(run, scale, coded)
+            point |= {"quantize_seconds": seconds, "kl": divergence(run.model, model, next(iter(parts.values())))}
+            write({**point, "val_bpb": score(model, run, parts)})
+
+
+def find_scale(run: Any, moments: Any, rule: str, kind: str, bits: float) -> float:
+    """The step that makes the whole artifact so many bits per weight, by the fast trellis first."""
+    fast, scale = "rtn" if kind == "rtn" else "1 state, no rate", 0.1
+    for way in (fast, fast, fast, kind):
+        coded = quantize(run, moments, rule, way, scale)
+        total = len(tg.pack_artifact(run.model, states_of(way), scale, coded))
+        excess = 8 * total / sum(codes.size for _, codes, _ in coded.values()) - bits
+        if abs(excess) < 0.01 and way == kind:
+            break
+        scale *= 2 ** float(np.clip(excess, -2, 2))
+    return scale
+
+
+ROLES = {
+    "queries and keys": ("c_q", "c_k"),
+    "values": ("c_v",),
+    "attention, out": ("attn.proj",),
+    "MLP, in": ("mlp.fc",),
+    "MLP, out": ("mlp.proj",),
+    "embedding": ("tok_emb",),
+}
+
+
+def roles(args: argparse.Namespace) -> None:
+    """Loss on training tokens with the matrices of one role quantized, against what the moments predict."""
+    with (HERE / "roles.jsonl").open("w") as file:
+        for name in args.models:
+            run, _ = load(args.work, name)
+            moments = moments_of(run)
+            batches = [pair for i in range(BATCHES) for pair in run.loader.batch(run.hp.iterations + BATCHES + i)]
+
+            @torch.no_grad()
+            def loss(model: Any, batches: Any = batches) -> float:
+                return float(np.mean([float(model.loss(ids, targets)) for ids, targets in batches]))
+
+            before, layers = loss(run.model), tg.coded_layers(run.model)
+            scale = 2 * find_scale(run, moments, "equal cost, per row", "1 state, no rate", 3.25)
+            coded = quantize(run, moments, "equal cost, per row", "1 state, no rate", scale)
+            for role, parts in ROLES.items():
+                mine = {n: c for n, c in coded.items() if any(part in n for part in parts)}
+                model = with_codes(run, scale, mine)
+                predicted = 0.0
+                for n in mine:
+                    e = (tg.coded_layers(model)[n].weight - layers[n].weight).detach()
+                    predicted += float(0.5 * (moments[n][1] * ((e @ moments[n][0]) * e).sum(1)).sum())
+                line = {"model": name, "role": role, "predicted": predicted, "measured": loss(model) - before}
+                file.write(json.dumps(line | {"codes": sum(c[1].size for c in mine.values())}) + "\n")
+                print(line, flush=True)
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def report(args: argparse.Namespace) -> None:
+    found = read("points.jsonl")
+    for model in dict.fromkeys(p["model"] for p in found):
+        mine = [p for p in found if p["model"] == model]
+        exact = next(p for p in mine if p["kind"] == "float32")["val_bpb"]
+        sets = list(exact)
+        print(f"\n{model}, trained: " + ", ".join(f"{s} {exact[s]:.4f}" for s in sets))
+        print("\n| steps | codes | bits | ours | brotli | zlib | " + " | ".join(f"tax, {s}" for s in sets) + " | KL |")
+        print("|---" * (7 + len(sets)) + "|")
+        for p in sorted(mine, key=lambda p: (p["bits"], p["val_bpb"][sets[0]])):
+            if p["kind"] != "float32":
+                coders = " | ".join(str(p["bytes"].get(c, "-")) for c in ("ours", "brotli", "zlib"))
+                tax = " | ".join(f"{p['val_bpb'][s] - exact[s]:+.4f}" for s in sets)
+                print(f"| {p['rule']} | {p['kind']} | {p['bits']} | {coders} | {tax} | {p.get('kl', math.nan):.4f} |")
+    print("\n| model | role | predicted, nats | measured |\n|---|---|---|---|")
+    for r in read("roles.jsonl"):
+        print(f"| {r['model']} | {r['role']} | {r['predicted']:.4f} | {r['measured']:.4f} |")
+    draw(found)
+
+
+def draw(found: list[dict[str, Any]]) -> None:
+    """curves.svg: tax and divergence against bytes, for each way to choose the codes; dotted: coded with brotli."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(p["model"] for p in found))
+    ways = list(dict.fromkeys((p["rule"], p["kind"]) for p in found if "codes" in p))
+    figure, grid = plt.subplots(2, len(models), figsize=(11, 8), layout="constrained", squeeze=False)
+    for column, model in enumerate(models):
+        exact = next(p for p in found if p["model"] == model and p["kind"] == "float32")["val_bpb"]
+        first = next(iter(exact))
+        for number, way in enumerate(ways):
+            mine = [p for p in found if p["model"] == model and (p["rule"], p["kind"]) == way]
+            mine.sort(key=lambda p: float(p["bits"]))
+            for coder, style in (("ours", "o-"), ("brotli", "x:")):
+                x = [p["bytes"][coder] for p in mine if coder in p["bytes"]]
+                for row, y in enumerate(([p["val_bpb"][first] - exact[first] for p in mine], [p["kl"] for p in mine])):
+                    if len(x) == len(y):
+                        label = ": ".join(way) if coder == "ours" and (row, column) == (0, 0) else None
+                        color = plt.get_cmap("tab20")(number)
+                        grid[row][column].plot(x, y, style, color=color, markersize=5, label=label)
+        for row, name in enumerate((f"bpb above the trained weights, {first}", "KL divergence, nats per token")):
+            grid[row][column].set(title=model, xlabel="bytes of the artifact", ylabel=name, yscale="log")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["train", "curves", "roles", "report"])
+    parser.add_argument("--data", type=Path, help="shards to train on")
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--score", type=Path, nargs="+", help="shards to score on")
+    parser.add_argument("--work", type=Path, help="where the trained weights are kept")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    {"train": train, "curves": curves, "roles": roles, "report": report}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1655,8 +1655,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = " ".join(models[0].split()[3:]) if models else name
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**versions, "device": f"{device.type}:{name}".replace(" ", "_"), "threads": torch.get_num_threads()}
+    versions = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "device": f"{device.type}:{name}".replace(" ", "_")}
+    return {**versions, "threads": torch.get_num_threads()}
 
 
 def peak_memory_mib(device: torch.device) -> tuple[int, int]:
@@ -1702,7 +1703,7 @@ def train_artifact(
     if world.rank == 0:
         write_file(path, fit_artifact(model, moments, hp, log0) if moments else pack_artifact(model))
     world.agree(0.0)  # the other ranks wait for the file
-    return {**results, **sizes}
+    return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(loader.stream)}
 
 
 def report(
@@ -1712,6 +1713,7 @@ def report(
     (memory, reserved), bytes_artifact = peak_memory_mib(world.device), path.stat().st_size
     bytes_total, codec = bytes_code + bytes_artifact, hp.codec.replace("_", "+")
     record |= {"bytes_code": bytes_code, "bytes_artifact": bytes_artifact, "bytes_total": bytes_total}
+    record["artifact_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in ledger.spent.items()}
     if world.rank == 0:
         text = json.dumps(record | seconds | {"peak_memory_mib": memory}, indent=1, allow_nan=False)
@@ -1720,7 +1722,7 @@ def report(
     log0(f"ledger {key_values(seconds)} counted:seconds_train,seconds_calibrate")
     shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
     log0(key_values({key: round(record[key], 4) for key in shown if key in record}))
-    log0(f"Serialized model {codec}: {bytes_artifact} bytes")
+    log0(f"Serialized model {codec}: {bytes_artifact} bytes (artifact_sha256:{record['artifact_sha256']})")
     log0(f"Code size: {bytes_code} bytes")
     log0(f"Total submission size {codec}: {bytes_total} bytes")
     if bytes_total > hp.max_total_bytes:

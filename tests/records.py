@@ -1,0 +1,80 @@
+"""An honest record of a tiny model, and ways to turn it into one that cheats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import submission as sub
+
+ADAPTIVE = '''
+
+class Predictor:
+    """The model, mixed with how often each token was seen in what was observed."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+        self.counts = torch.ones(model.config.vocab_size, dtype=torch.float64)
+        self.past = torch.zeros(0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def predict(self, ids):
+        context = self.past[-16:]
+        logits = self.model(torch.cat((context, ids))[None])[0, len(context) - 1 : -1]
+        cache = self.counts / self.counts.sum()
+        return (0.9 * logits.double().softmax(1) + 0.1 * cache).log().float()
+
+    def observe(self, ids):
+        self.counts += torch.bincount(ids, minlength=len(self.counts))
+        self.past = torch.cat((self.past, ids))[-16:]
+
+
+def load_predictor(path, device="cpu"):
+    return Predictor(load_artifact(path, device))
+'''
+
+WRAPPED = """
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    model = load_honestly(path, device)
+    forward = model.forward
+    model.forward = lambda ids: changed(ids, forward(ids))
+    return model
+"""
+
+
+def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any] | None = None, **top: Any) -> Path:
+    """A copy of a record with code added to its script and other results, every hash and size made to fit.
+
+    `changes` replace values of every run, `top` those of submission.json alone.
+    """
+    shutil.copytree(folder, target)
+    script = sub.script_path(target)
+    before = script.read_bytes()
+    script.write_bytes(before + code.encode())
+    runs, old_size, new_size = [], len(before), len(before) + len(code.encode())
+    for path in sorted(target.glob("train_seed*.json")):
+        run = json.loads(path.read_text())
+        old = dict(run)
+        run |= {"code_sha256": sub.sha256(script.read_bytes()), "bytes_code": new_size}
+        run |= {"bytes_total": new_size + run["bytes_artifact"], **(changes or {})}
+        path.write_text(json.dumps(run))
+        runs.append(run)
+        log = path.with_suffix(".log")
+        text = log.read_text()
+        for key in ("code_sha256", "artifact_sha256"):
+            text = text.replace(old[key], run[key])
+        text = text.replace(f"{old_size} bytes", f"{new_size} bytes")
+        text = text.replace(f"{old['bytes_total']} bytes", f"{run['bytes_total']} bytes")
+        for key in ("val_loss", "val_bpb"):
+            text = text.replace(f"{key}:{old[key]:.8f}", f"{key}:{run[key]:.8f}")
+        log.write_text(text)
+    about = sub.load_submission(folder).about | top
+    sub.save_submission(target, sub.summarize(runs, script.read_bytes(), about))
+    return target

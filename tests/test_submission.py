@@ -1,0 +1,317 @@
+"""tools/submission.py: one schema, all seeds, and published folders read with a list of what they lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submission as sub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- Logs ---
+
+PUBLISHED_LOG = """\
+val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
+train_loader:dataset:fineweb10B_sp1024 train_shards:80
+val_loader:shards pattern=./data/datasets/fineweb10B_sp1024/fineweb_val_*.bin tokens:62021632
+model_params:17059912
+world_size:8 grad_accum_steps:1
+seed:1337
+warmup_step:1/20
+step:10/20000 train_loss:5.2500 train_time:435ms step_avg:43.54ms
+step:13750/20000 train_loss:1.9910 train_time:598726ms step_avg:43.54ms
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+stopping_early: wallclock_cap train_time:600038ms step:13780/20000
+peak memory allocated: 10184 MiB reserved: 10200 MiB
+Serialized model: 67224983 bytes
+Code size: 47642 bytes
+Total submission size: 67272625 bytes
+Serialized model int8+zlib: 15815847 bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)
+Total submission size int8+zlib: 15863489 bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+LATER_LOG = """\
+4945/20000 train_loss: 2.3600 train_time: 9.9m tok/s: 6550000
+4945/20000 val_loss: 2.3539 val_bpb: 1.0756
+quantized val_loss: 2.3401 val_bpb: 1.0693 eval_time:100ms
+quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508800ms
+Code size (uncompressed): 157868 bytes
+Total submission size quantized+brotli: 15897259 bytes
+"""
+
+
+def test_a_published_log_is_read():
+    log = sub.parse_log(PUBLISHED_LOG)
+    assert log.train_curve == [(10, 0.435, 5.25), (13750, 598.726, 1.991)]
+    assert log.val_curve == [(13780, 600.038, 2.0606)]
+    assert log.final == ("final_int8_zlib_roundtrip_exact", 2.07269931, 1.2243657)
+    sizes = {"bytes_code": "47642", "bytes_artifact": "15815847", "bytes_total": "15863489"}
+    assert sizes.items() <= log.values.items()
+    assert (log.values["seed"], log.values["model_params"], log.values["world_size"]) == ("1337", "17059912", "8")
+
+
+def test_later_spellings_are_read():
+    log = sub.parse_log(LATER_LOG)
+    assert log.train_curve == [(4945, pytest.approx(594.0), 2.36)]
+    assert log.final == ("quantized_ttt_phased", 2.31944212, 1.05989454)
+    assert log.values["bytes_total"] == "15897259"
+
+
+def test_a_score_of_a_part_of_the_split_is_no_result():
+    line = "final_int8_zlib_roundtrip_exact val_loss:3.1 val_bpb:1.2 partial:100_targets eval_method:flat"
+    assert sub.parse_log(line).final is None
+
+
+@settings(max_examples=50)
+@given(st.text())
+def test_any_text_is_a_log(text):
+    sub.parse_log(text)
+    sub.parse_log("\n".join(f"step:1/2 train_loss:{part} val_bpb:{part}" for part in text.split()))
+
+
+# --- Published folders ---
+
+
+def published(folder: Path, **changes: Any) -> Path:
+    """A folder as the published challenge accepts it."""
+    told = {
+        "author": "Baseline",
+        "github_id": "openai",
+        "name": "Naive Baseline",
+        "blurb": "SP-1024, 9 layers, width 512.",
+        "date": "2026-03-18T14:56:29Z",
+        "val_loss": 2.07269931,
+        "val_bpb": 1.2243657,
+        "bytes_total": 15863489,
+        "bytes_code": 47642,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "submission.json").write_text(json.dumps(told | changes))
+    (folder / "README.md").write_text("# Naive Baseline\n")
+    (folder / "train.log").write_text(PUBLISHED_LOG)
+    (folder / "train_gpt.py").write_text("print('x')\n")
+    return folder
+
+
+def test_a_published_folder_imports_with_a_list_of_what_it_lacks(tmp_path):
+    found = sub.import_published(published(tmp_path / "x"))
+    assert found.known["val_bpb"] == 1.2243657
+    assert found.known["bytes_total"] == 15863489
+    assert found.seeds["1337"]["log_val_bpb"] == 1.2243657
+    implied = 2.07269931 / math.log(2) * 62_021_632 / 1.2243657
+    assert found.seeds["1337"]["implied_bytes"] == round(implied)
+    lacking = " | ".join(found.missing)
+    for what in ("the artifact", "val_text_sha256", "predictor_class", "settings", "code_sha256", "hardware"):
+        assert what in lacking
+    for present in ("README.md", "train_gpt.py", "name", "any training log"):
+        assert present not in found.missing
+    assert "submission.json: val_bpb" not in found.missing
+
+
+def test_names_that_mean_the_same_are_one(tmp_path):
+    results = {"42": {"val_bpb": 1.06, "artifact_bytes": 15897259}, "0": {"val_bpb": 1.07}}
+    changes = {"mean_val_bpb": 1.065, "artifact_bytes_max": 15_900_000, "gpu": "1xRTX5090", "pytorch_version": "2.9.1"}
+    folder = published(tmp_path / "x", seed_results=results, seeds=[42, 0, 7], **changes)
+    told = json.loads((folder / "submission.json").read_text())
+    del told["val_bpb"], told["bytes_total"]
+    (folder / "submission.json").write_text(json.dumps(told | {"no_slot": True}))
+    found = sub.import_published(folder)
+    names = {"val_bpb": 1.065, "bytes_total": 15_900_000, "hardware": "1xRTX5090", "torch": "2.9.1"}
+    assert names.items() <= found.known.items()
+    assert {f"the log of seed {seed}" for seed in ("42", "0", "7")} <= set(found.missing)
+    assert any("'no_slot'" in text for text in found.missing)
+
+
+def test_folders_that_lack_everything_import_too(tmp_path, capsys):
+    found = sub.import_published(tmp_path)
+    assert {"submission.json", "any training log", "README.md", "train_gpt.py"} <= set(found.missing)
+    (tmp_path / "submission_ternary.json").write_text('{"val_bpb": 1.2}')
+    assert "submission.json (it has submission_ternary.json)" in sub.import_published(tmp_path).missing
+    assert sub.main(["import", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["known"] == {"val_bpb": 1.2}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text() | st.integers(),
+    lambda part: st.lists(part) | st.dictionaries(st.text(), part),
+)
+NAMES = sorted({*(f.name for f in dataclasses.fields(sub.Submission)), "seeds", "seed_results", "gpu", "base_pr"})
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES))
+def test_any_published_json_imports(tmp_path_factory, told):
+    sub.import_published(published(tmp_path_factory.mktemp("x"), **told))
+
+
+# --- The schema ---
+
+
+def example() -> dict[str, Any]:
+    """A whole submission.json, of made-up figures."""
+    by_type = {"str": "x", "int": 1, "float": 1.5, "dict[str, Any]": {}, "dict[str, float]": {}, "bool | None": None}
+    by_type |= {"float | None": 0.5, "Literal['A', 'B']": "A", "Literal['sidecar', 'pieces']": "sidecar"}
+    result = {f.name: by_type[str(f.type).replace('"', "'")] for f in dataclasses.fields(sub.SeedResult)}
+    made = {
+        f.name: {"1": result} if f.name == "seed_results" else by_type[str(f.type).replace('"', "'")]
+        for f in dataclasses.fields(sub.Submission)
+    }
+    return made
+
+
+def test_the_published_schema_is_that_of_the_class():
+    assert sub.SCHEMA_FILE.read_text() == sub.schema_text()
+
+
+def test_the_schema_and_the_reader_accept_the_same():
+    """jsonschema is another implementation of what the class means."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json.loads(sub.schema_text()))
+    whole = example()
+    cases = [whole]
+    for name, value in whole.items():
+        cases += [{k: v for k, v in whole.items() if k != name}, whole | {name: [value]}, whole | {name: None}]
+        cases += [whole | {name: "x"}, whole | {name: 2}, whole | {name: 2.5}, whole | {name: True}]
+    cases += [whole | {"extra": 1}, [], 3, whole | {"seed_results": {"1": whole["seed_results"]["1"] | {"y": 2}}}]
+    for case in cases:
+        ours = not list(sub.faults(case, sub.Submission, "x"))
+        assert ours == validator.is_valid(case), case
+
+
+def test_every_fault_is_named():
+    told = example() | {"val_bpb": "low", "no_slot": True, "predictor_class": "C"}
+    del told["author"]
+    with pytest.raises(
+        ValueError, match=r"no_slot is an unknown key.*author is missing.*class.*'C'.*val_bpb.*'low'"
+    ) as error:
+        sub.from_json(sub.Submission, told, "submission.json")
+    assert str(error.value).count(";") == 3
+
+
+def test_numbers_that_are_none_are_refused():
+    for value in (math.nan, math.inf, True, "1"):
+        assert list(sub.faults(example() | {"val_bpb": value}, sub.Submission, "x"))
+
+
+def test_the_tracks_can_be_read_and_keep_the_published_limits():
+    version, tracks = sub.load_tracks()
+    main = tracks["track_10min_16mb"]
+    assert version >= 1
+    assert (main.max_total_bytes, main.max_train_seconds, main.max_eval_seconds) == (16_000_000, 600, 600)
+    assert (main.world_size, main.min_gain, main.p_value) == (8, 0.002, 0.01)
+    assert {"track_speedrun", "track_slowrun", "track_tiny_100m", "track_1gpu_10min_16mb"} <= tracks.keys()
+
+
+# --- new ---
+
+
+def run_json(folder: Path, seed: int, **changes: Any) -> Path:
+    """The JSON and the log of a run that could have been, with results that follow from its seed."""
+    names = sub.script_settings((ROOT / "train_gpt.py").read_text())
+    run: dict[str, Any] = dict.fromkeys(names, 1)
+    run |= {f.name: 1 for f in dataclasses.fields(sub.SeedResult)} | {"seconds_train": 5.0, "seconds_calibrate": 0.5}
+    run |= {"seconds_evaluate": 2.0, "seed": seed, "run_id": f"r{seed}", "eval_artifact": "", "partial": False}
+    run |= {"code_sha256": sub.sha256((ROOT / "train_gpt.py").read_bytes()), "bytes_code": 10, "steps": 30}
+    run |= dict.fromkeys(("val_shards_sha256", "val_text_sha256", "tokenizer_sha256", "artifact_sha256"), "0")
+    run |= {"device": "cpu:x", "world_size": 1, "judge_version": 2, "python": "3", "torch": "2", "model_params": 5}
+    run |= {"val_tokens": 7, "val_documents": 2, "val_bytes": 20, "val_accounting": "sidecar", "train_tokens": 9}
+    run |= {"tokenizer_lossless": True, "train_dataset": "x", "date": "2026-01-02T03:04:05Z", "val_bpb": 1 + seed / 100}
+    run |= {"val_loss": 2.0 + seed / 100, "bytes_artifact": 100 + seed, "bytes_total": 110 + seed, **changes}
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{run['run_id']}.json"
+    path.write_text(json.dumps(run))
+    path.with_suffix(".txt").write_text(f"preset:smoke seed:{seed} settings:MODEL_DIM=64,SEED={seed},OUT_DIR=x\n")
+    return path
+
+
+def new(tmp_path: Path, *more: str) -> tuple[int, Path]:
+    what = ["--track", "track_non_record_16mb", "--name", "An Idea!", "--github-id", "ada", "--blurb", "It is new."]
+    places = ["--author", "Ada", "--logs", str(tmp_path / "logs"), "--records", str(tmp_path / "records")]
+    status = sub.main(["new", *what, *places, *more])
+    return status, tmp_path / "records" / "track_non_record_16mb" / "2026-01-02_An-Idea"
+
+
+def test_new_takes_every_seed_that_was_run(tmp_path):
+    for seed in (3, 1, 2):
+        run_json(tmp_path / "logs", seed)
+    run_json(tmp_path / "logs", 9, run_id="other", model_dim=2)
+    run_json(tmp_path / "logs", 8, run_id="part", partial=True)
+    last = run_json(tmp_path / "logs", 4)
+    status, folder = new(tmp_path)
+    assert status == 0
+    s = sub.load_submission(folder)
+    assert list(s.seed_results) == ["1", "2", "3", "4"]
+    assert s.val_bpb == pytest.approx(1.025)
+    assert s.val_bpb_std == pytest.approx(statistics.stdev([1.01, 1.02, 1.03, 1.04]))
+    assert (s.bytes_total, s.train_seconds) == (114, 5.5)
+    assert sub.run_path(folder, "4").read_bytes() == last.read_bytes()
+    text = (folder / "README.md").read_text()
+    assert "It is new." in text
+    assert "PRESET=smoke MODEL_DIM=64 SEED=1 python train_gpt.py" in text
+    assert sub.script_path(folder).read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial": True}, "scored a part"),
+        ({"code_sha256": "1"}, "code_sha256 differs"),
+        ({"val_shards_sha256": "1"}, "val_shards_sha256 differs"),
+        ({"model_dim": 2}, "MODEL_DIM is 1 in one run and 2 in another"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, changes, message):
+    first = run_json(tmp_path / "logs", 1)
+    second = run_json(tmp_path / "logs", 2, **changes)
+    status, folder = new(tmp_path, "--runs", str(first), str(second))
+    assert status == 1
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_one_seed_run_twice_is_refused(tmp_path, capsys):
+    runs = [str(run_json(tmp_path / "logs", 1, run_id=name)) for name in ("a", "b")]
+    assert new(tmp_path, "--runs", *runs)[0] == 1
+    assert "the same seed" in capsys.readouterr().err
+
+
+def test_new_refuses_a_script_that_did_not_run(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1, code_sha256="1")
+    assert new(tmp_path, "--runs", str(tmp_path / "logs" / "r1.json"))[0] == 1
+    assert "the run was made with" in capsys.readouterr().err
+
+
+def test_new_never_overwrites(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1)
+    assert new(tmp_path)[0] == 0
+    assert new(tmp_path)[0] == 1
+    assert "choose another --name" in capsys.readouterr().err
+
+
+def test_new_without_a_run_says_so(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    assert new(tmp_path)[0] == 1
+    assert "train first" in capsys.readouterr().err
+
+
+# --- Reviews ---
+
+
+def test_reviews_are_kept_in_order(tmp_path):
+    first = sub.Review("2026-01-01", "a", "rescored", "0", val_bpb=1.5)
+    second = sub.Review("2026-01-02", "b", "disputed", "0", note="why")
+    sub.add_review(tmp_path, first)
+    sub.add_review(tmp_path, second)
+    assert sub.load_reviews(tmp_path) == [first, second]
+    (tmp_path / "reviews.json").write_text('[{"kind": "praised"}]')
+    with pytest.raises(ValueError, match="praised"):
+        sub.load_reviews(tmp_path)

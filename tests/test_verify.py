@@ -1,0 +1,575 @@
+"""tools/verify.py: an honest record passes, and every way to cheat is caught under its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import judge
+import numpy as np
+import pytest
+import sandbox
+import submission as sub
+import torch
+import verify
+from hypothesis import given
+from hypothesis import strategies as st
+from shards import read_shard, write_shard
+
+import train_gpt as tg
+from records import ADAPTIVE, WRAPPED, forge
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = [field.name for field in dataclasses.fields(sub.Submission)]
+WALLS = sandbox.isolation() == "namespaces"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, documents, lossless_tokenizer) -> Path:
+    """Shards of the small text as data/build_shards.py makes them, manifest and all, with its tokenizer beside."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "given.model").write_bytes(lossless_tokenizer)
+    for name, texts in (("text", documents), ("unseen", documents[::-1])):  # the first 20 are the validation split
+        (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        options = [
+            "--input",
+            "docs.jsonl",
+            "--val-docs",
+            "20",
+            "--tokenizer",
+            "given.model",
+            "--out",
+            ".",
+            "--name",
+            name,
+        ]
+        command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, "--workers", "1"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        shutil.copyfile(folder / "given.model", folder / "datasets" / name / "tokenizer.model")
+    return folder / "datasets" / "text"
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
+    """A record that tools/submission.py made of two real runs."""
+    records = tmp_path_factory.mktemp("records")
+    settings = {**record_settings, "DATA_PATH": str(text), "TOKENIZER_PATH": str(text / "tokenizer.model")}
+    settings |= {"TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "1024"}  # several documents in a row
+    runs = []
+    for seed in ("1", "2"):
+        run = run_script(**settings, SEED=seed, MAX_WEIGHT_BITS="4", OUT_DIR="logs", ARTIFACT_DIR=str(records / seed))
+        assert run.status == 0, run.err
+        runs.append(str(run.folder / "logs" / "run.json"))
+    what = ["--track", "track_non_record_16mb", "--name", "Honest", "--github-id", "x", "--blurb", "b", "--author", "y"]
+    assert sub.main(["new", *what, "--records", str(records), "--artifact", "--runs", *runs]) == 0
+    return next((records / "track_non_record_16mb").iterdir())
+
+
+def options(folder: Path, **changed: object) -> SimpleNamespace:
+    """Those of the command line."""
+    given = {
+        "data": folder / "data",
+        "tokenizer": folder / "data" / "tokenizer.model",
+        "documents": None,
+        "unseen": None,
+    }
+    given |= {"sample": 0, "seed": None, "run_seed": "", "timeout": 60.0, "memory": 8.0, "artifact": None}
+    return SimpleNamespace(**given | changed)
+
+
+def rescored(folder: Path, **changed: object) -> dict[str, verify.Check]:
+    """The checks of --rescore by name."""
+    s, artifact = sub.load_submission(folder), sub.artifact_path(folder)
+    assert artifact is not None
+    args = options(folder, **changed)
+    checks, _ = verify.rescore(sub.script_path(folder), artifact, s, verify.claim_of(s, artifact), 0.001, args)
+    return {check.name: check for check in checks}
+
+
+def failed(checks: object) -> set[str]:
+    found = checks.values() if isinstance(checks, dict) else checks
+    return {check.name for check in found if not check.ok}
+
+
+# --- An honest record ---
+
+
+def test_an_honest_record_passes_every_static_check(honest):
+    checks = verify.static_checks(honest)
+    assert failed(checks) == set(), checks
+    assert len({check.name for check in checks}) == len(checks) >= 12
+
+
+def test_static_checks_take_less_than_two_seconds_and_no_torch(honest):
+    code = "import sys, verify; verify.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, str(honest)], cwd=ROOT / "tools", capture_output=True)
+    assert done.returncode == 0
+    assert time.perf_counter() - begin < 2 * 3  # 2 s quiet, more beside other tests
+
+
+def test_an_honest_record_scores_what_it_claims_and_signing_it_is_remembered(honest, tmp_path, capsys):
+    folder = tmp_path / honest.parent.name / honest.name
+    shutil.copytree(honest, folder)
+    assert verify.main([str(folder), "--rescore", "--json", "--sign", "me", "--seed", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = {check["name"] for check in told["checks"]}
+    assert {"causal", "documents", "deterministic", "score", "bytes_of_text", "text", "load"} <= names
+    review = sub.load_reviews(folder)[-1]
+    s = sub.load_submission(folder)
+    assert (review.kind, review.reviewer, review.code_sha256) == ("rescored", "me", s.code_sha256)
+    assert review.val_bpb == pytest.approx(s.seed_results[review.seed].val_bpb, abs=1e-6)
+    assert failed(verify.static_checks(folder)) == set()
+
+
+def test_the_judge_sums_as_the_script_evaluates(random_model, record_config, data, hp):
+    """Two implementations of one definition: windows summed one by one, and the script's own evaluation."""
+    for method, stride in (("document", 0), ("flat", 0), ("flat", 5), ("document", 5)):
+        config = dataclasses.replace(
+            record_config, vocab_size=320, eval_method=method, eval_stride=stride, compute_dtype="float32"
+        )
+        model = random_model(config)
+        split = tg.ValSplit(data.val, data.val_bytes, {"partial": False})
+        expected = tg.evaluate(model, split, config, hp, tg.World())
+        record = SimpleNamespace(config=config, logits=torch.inference_mode()(model))
+        scored, done = judge.score_fixed(record, split, 0, np.random.default_rng(0))
+        assert (scored.targets, scored.bytes.sum()) == (expected.tokens, expected.bytes)
+        assert scored.nats.sum() == pytest.approx(expected.nats, rel=1e-9)
+        assert len(done.probes) == judge.PROBES
+        for probe in done.probes:
+            assert split.ids[probe.position - 1] == probe.row[-1] == probe.document[-1]
+
+
+def test_the_interval_of_a_sample_covers_the_score_of_the_whole():
+    """The 95 % interval covers the truth about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    n_bytes = rng.integers(100, 2000, 1000)
+    nats = n_bytes * rng.normal(1.0, 0.2, 1000)
+    truth = nats.sum() / math.log(2) / n_bytes.sum()
+    hits = 0
+    for _ in range(400):
+        chosen = rng.choice(1000, 50, replace=False)
+        scored = judge.Scored(nats[chosen], n_bytes[chosen], 0, 1000)
+        hits += abs(scored.bpb - truth) <= scored.interval
+    assert 0.91 <= hits / 400 <= 0.99
+
+
+# --- Records that cheat, by --rescore ---
+
+NEXT_TOKEN = (
+    WRAPPED
+    + '''
+
+def changed(ids, logits):
+    """Knows what comes."""
+    return logits + 9 * F.one_hot(torch.cat((ids[:, 1:], ids[:, :1]), 1), logits.size(2))
+'''
+)
+OTHER_DOCUMENTS = (
+    WRAPPED
+    + '''
+
+def changed(ids, logits):
+    """Knows what other documents in the row hold."""
+    seen = F.one_hot(ids, logits.size(2)).cumsum(1)
+    return logits + 4 * (seen > 0)
+'''
+)
+RANDOM = (
+    WRAPPED
+    + """
+
+def changed(ids, logits):
+    return logits + torch.randn_like(logits)
+"""
+)
+READS_VAL = """
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    known = open("VAL", "rb").read()
+    return load_honestly(path, device)
+"""
+NETWORK = """
+
+import socket
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    try:
+        socket.create_connection(("127.0.0.1", 9), 1)
+    except OSError:
+        pass
+    return load_honestly(path, device)
+"""
+PROGRAM = """
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    try:
+        os.system("true")
+    except OSError:
+        pass
+    return load_honestly(path, device)
+"""
+PICKLED = """
+
+def load_artifact(path, device="cpu"):
+    import pickle
+
+    return pickle.loads(Path(path).read_bytes())
+"""
+ENDLESS = """
+
+def load_artifact(path, device="cpu"):
+    while True:
+        pass
+"""
+GREEDY = """
+
+def load_artifact(path, device="cpu"):
+    return torch.ones(2**34)
+"""
+UNNORMALISED = (
+    ADAPTIVE
+    + """
+
+predict_honestly = Predictor.predict
+Predictor.predict = lambda self, ids: predict_honestly(self, ids) + 0.5
+"""
+)
+SCORES_TWICE = (
+    ADAPTIVE
+    + '''
+
+predict_honestly = Predictor.predict
+
+
+def predict(self, ids):
+    """Learns the chunk first and says then what is in it."""
+    before = self.counts.clone()
+    self.counts += 1000 * torch.bincount(ids, minlength=len(before))
+    said = predict_honestly(self, ids)
+    self.counts = before
+    return said
+
+
+Predictor.predict = predict
+'''
+)
+SIDE_EFFECTS = (
+    ADAPTIVE
+    + '''
+
+predict_honestly = Predictor.predict
+
+
+def predict(self, ids):
+    """Learns every chunk twice."""
+    said = predict_honestly(self, ids)
+    self.counts += torch.bincount(ids, minlength=len(self.counts))
+    return said
+
+
+Predictor.predict = predict
+'''
+)
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path, ("exploded",)
+
+
+CHEATS = {  # by name: the code, the class, and the check that catches it
+    "leaks the next token": (NEXT_TOKEN, "A", "causal"),
+    "leaks other documents": (OTHER_DOCUMENTS, "A", "documents"),
+    "answers at random": (RANDOM, "A", "deterministic"),
+    "reads val from disk": (READS_VAL, "A", "files_read"),
+    "reads the network": (NETWORK, "A", "network"),
+    "starts a program": (PROGRAM, "A", "programs"),
+    "pickle bomb": (PICKLED, "A", "pickle"),
+    "endless loop": (ENDLESS, "A", "time"),
+    "takes all memory": (GREEDY, "A", "memory"),
+    "unnormalised": (UNNORMALISED, "B", "normalised"),
+    "scores twice": (SCORES_TWICE, "B", "causal"),
+    "learns twice": (SIDE_EFFECTS, "B", "side_effects"),
+    "honest and adaptive": (ADAPTIVE, "B", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
+    """The checks of every record that cheats, two at a time."""
+    root = tmp_path_factory.mktemp("cheats")
+
+    def run(name: str) -> dict[str, verify.Check]:
+        code, predictor_class, _ = CHEATS[name]
+        code = code.replace("VAL", str(honest / "data" / "fineweb_val_000000.bin"))
+        changes = {}
+        target = root / name / honest.name
+        if name == "pickle bomb":
+            changes["artifact_sha256"] = sub.sha256(pickle.dumps(Bomb()))
+        folder = forge(honest, target, code, changes, predictor_class=predictor_class)
+        if name == "pickle bomb":
+            sub.artifact_path(folder).write_bytes(pickle.dumps(Bomb()))
+        seconds = 10.0 if name == "endless loop" else 60.0
+        return rescored(folder, timeout=seconds, memory=12.0, seed=1)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CHEATS, pool.map(run, CHEATS), strict=True))
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_record_that_cheats_is_caught_by_name(caught, name):
+    expected = CHEATS[name][2]
+    found = failed(caught[name])
+    assert expected in found if expected else found <= {"score"}, caught[name]
+
+
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here")
+def test_walls_hold_without_the_audit_hook(tmp_path):
+    """What a process inside can reach: no file of this test, no network, no place to write but its /tmp."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import json, os, socket
+def tried(act):
+    try:
+        act()
+    except OSError as error:
+        return type(error).__name__
+    return "done"
+print(json.dumps([
+    tried(lambda: open({str(secret)!r})),
+    tried(lambda: open("/usr/x", "w")),
+    tried(lambda: open("/tmp/x", "w")),
+    tried(lambda: socket.create_connection(("127.0.0.1", 22), 1)),
+    tried(lambda: os.chroot("/tmp")),
+    [name for _, name in socket.if_nameindex()],
+    sorted(os.listdir("/")),
+]))
+""")
+    binds = [sandbox.Bind(program, "/x/program.py")]
+    inside = sandbox.Sandboxed(["/x/program.py"], binds, sandbox.Limits(), {}, stdout=subprocess.PIPE)
+    out = json.loads(inside.popen.communicate()[0])
+    inside.close()
+    assert out[:3] == ["FileNotFoundError", "OSError", "done"]
+    assert out[3:6] == ["OSError", "PermissionError", ["lo"]]
+    assert "x" in out[6]
+    assert "home" not in out[6]
+    assert not inside.root.exists()
+
+
+# --- Records that cheat, by their files ---
+
+
+def static_failures(honest: Path, target: Path, code: str = "", changes: dict | None = None, **top: object) -> set[str]:
+    return failed(
+        verify.static_checks(forge(honest, target / "track_non_record_16mb" / honest.name, code, changes, **top))
+    )
+
+
+def test_forging_alone_is_not_seen(honest, tmp_path):
+    assert static_failures(honest, tmp_path, "# a comment\n") == set()
+
+
+def test_code_in_a_blob_is_refused(honest, tmp_path):
+    blob = "import base64\nexec(zlib.decompress(base64.b85decode('" + "A" * 2000 + "')))\n"
+    assert "source" in static_failures(honest, tmp_path, blob)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "exec('x = 1')",
+        "run = eval\n",
+        "import pickle\n",
+        "from marshal import loads\n",
+        "import importlib.util\n",
+        "torch.load('x')\n",
+        "getattr(__builtins__, 'ex' + 'ec')('x = 1')\n",
+        "os.execv('/bin/true', [])\n",
+        "np.load('x', allow_pickle=True)\n",
+        "import subprocess\n",
+        "x = " + repr("a" * 1600) + "\n",
+        "x = " + "+".join(["1"] * 300) + "\n",
+        "bytes.fromhex('00')\n",
+    ],
+)
+def test_code_that_is_not_on_the_page_is_refused(honest, tmp_path, code):
+    assert static_failures(honest, tmp_path, code) == {"source"}
+
+
+@pytest.mark.parametrize("code", ["import urllib.request\n", "from socket import socket\n", "import requests as r\n"])
+def test_a_script_that_speaks_to_a_network_is_refused(honest, tmp_path, code):
+    assert static_failures(honest, tmp_path, code) == {"no_network"}
+
+
+def test_a_dropped_tail_is_caught(honest, tmp_path):
+    run = sub.read_json(sub.run_path(honest, "1"))
+    fewer = run["scored_tokens"] - 7
+    changes = {"scored_tokens": fewer, "val_bpb": run["val_loss"] / math.log(2) * fewer / run["scored_bytes"]}
+    assert static_failures(honest, tmp_path, "", {"val_loss": run["val_loss"], **changes}) == {"targets"}
+
+
+def test_targets_scored_twice_are_caught(honest, tmp_path):
+    run = sub.read_json(sub.run_path(honest, "1"))
+    changes = {"scored_tokens": 2 * run["scored_tokens"], "scored_bytes": 2 * run["scored_bytes"]}
+    changes |= {"val_loss": run["val_loss"], "val_bpb": run["val_bpb"]}
+    assert static_failures(honest, tmp_path, "", changes) >= {"targets", "implied_bytes"}
+
+
+def test_a_lie_about_bytes_is_caught(honest, tmp_path):
+    run = sub.read_json(sub.run_path(honest, "1"))
+    lie = {"val_bpb": 0.9 * run["val_bpb"], "val_loss": run["val_loss"]}
+    assert static_failures(honest, tmp_path / "1", "", lie) == {"implied_bytes"}
+    more = round(run["val_bytes"] / 0.9)
+    lie |= {"val_bytes": more, "scored_bytes": more}
+    lie["val_bpb"] = run["val_loss"] / math.log(2) * run["scored_tokens"] / more
+    assert static_failures(honest, tmp_path / "2", "", lie) == {"data"}
+
+
+def test_a_sidecar_that_lies_is_caught_by_the_text(honest, tmp_path):
+    """Sidecar, manifest and claim agree, all of them forged: the text has the bytes it has."""
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    run = sub.read_json(sub.run_path(honest, "1"))
+    sidecar = honest / "data" / "fineweb_val_bytes_000000.bin"
+    longer = np.array(read_shard(sidecar)) * 2
+    more = int(longer.sum(dtype=np.int64))
+    lie = {"val_bytes": more, "scored_bytes": more, "val_loss": run["val_loss"], "val_bpb": run["val_bpb"] / 2}
+    forge(honest, folder, "", lie)
+    write_shard(folder / "data" / sidecar.name, longer)
+    manifest = sub.read_json(folder / "data" / "manifest.json")
+    manifest["splits"]["val"]["files"][sidecar.name] = sub.sha256((folder / "data" / sidecar.name).read_bytes())
+    (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
+    assert failed(verify.static_checks(folder)) == set()
+    assert failed(rescored(folder, sample=2)) >= {"bytes_of_text"}
+
+
+def test_what_submission_json_says_must_follow_from_the_runs(honest, tmp_path):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    told = json.loads((folder / "submission.json").read_text())
+    told["val_bpb"] -= 0.01
+    (folder / "submission.json").write_text(json.dumps(told))
+    assert failed(verify.static_checks(folder)) == {"summary"}
+
+
+def test_a_seed_left_out_is_caught(honest, tmp_path):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    s = sub.load_submission(folder)
+    best = [sub.read_json(sub.run_path(folder, "2"))]
+    sub.save_submission(folder, sub.summarize(best, sub.script_path(folder).read_bytes(), s.about))
+    assert "seeds" in failed(verify.static_checks(folder))
+
+
+def test_a_log_that_says_something_else_is_caught(honest, tmp_path):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    log = sub.log_path(folder, "1")
+    log.write_text(log.read_text().replace("val_bpb:", "val_bpb:1"))
+    assert failed(verify.static_checks(folder)) == {"logs"}
+
+
+@pytest.mark.parametrize(
+    "name", ["submission.json", "README.md", "train_seed1.log", "train_seed2.json", "train_gpt.py"]
+)
+def test_a_missing_file_is_named(honest, tmp_path, name):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    (folder / name).unlink()
+    wrong = [check for check in verify.static_checks(folder) if not check.ok]
+    assert any(name in check.reason for check in wrong), wrong
+
+
+def test_files_that_are_none_of_a_record_are_refused(honest, tmp_path):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    (folder / "helper.py").write_text("x = 1\n")
+    (folder / "here").symlink_to("/etc")
+    check = next(check for check in verify.static_checks(folder) if check.name == "files")
+    assert "helper.py" in check.reason
+    assert "here is a link" in check.reason
+
+
+def test_limits_of_a_track_hold(honest, tmp_path):
+    def at(track: str, changes: dict | None = None) -> dict[str, str]:
+        folder = forge(
+            honest, tmp_path / f"{track}{len(changes or {})}" / track / honest.name, "", changes, track=track
+        )
+        return {check.name: check.reason for check in verify.static_checks(folder) if not check.ok}
+
+    found = at("track_10min_16mb")
+    assert "H100" in found["track"]
+    assert "wants 3" in found["seeds"]
+    slow = {"device": "cuda:NVIDIA_H100", "world_size": 8, "seconds_train": 600.0, "seconds_calibrate": 0.5}
+    found = at("track_10min_16mb", slow)
+    assert found.keys() == {"seeds", "clock"}
+    assert "600.50 s of training" in found["clock"]
+    assert {"context", "benchmark"} <= set(at("track_tiny_100m")["track"].split())
+    assert "does not reach" in at("track_speedrun")["track"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda part: st.lists(part) | st.dictionaries(st.text() | st.sampled_from(FIELDS), part),
+)
+
+
+@given(JSON)
+def test_any_json_in_place_of_a_submission_is_a_failed_check(tmp_path_factory, value):
+    folder = tmp_path_factory.mktemp("x") / "2026-01-01_X"
+    folder.mkdir()
+    (folder / "submission.json").write_text(json.dumps(value))
+    assert "schema" in failed(verify.static_checks(folder))
+
+
+# --- Training again ---
+
+
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here")
+def test_training_on_the_validation_text_is_caught(text, tmp_path, run_script, record_settings):
+    """A script that memorises the validation split scores well, until the split is hidden while it trains."""
+    script = tmp_path / "train_gpt.py"
+    source = (ROOT / "train_gpt.py").read_text()
+    script.write_text(source.replace('"fineweb_train_[0-9]*.bin"', '"fineweb_val_[0-9]*.bin"'))
+    assert script.read_text() != source
+    settings = {**record_settings, "DATA_PATH": str(text), "TOKENIZER_PATH": str(text / "tokenizer.model")}
+    settings |= {"ITERATIONS": "200", "MODEL_DIM": "64", "MAX_WEIGHT_BITS": "8", "TRAIN_LOG_EVERY": "50"}
+    run = run_script(str(script), **settings, SEED="1", ARTIFACT_DIR=str(tmp_path))
+    assert run.status == 0, run.err
+    what = ["--track", "track_non_record_16mb", "--name", "Cheat", "--github-id", "x", "--blurb", "b", "--author", "y"]
+    files = ["--records", str(tmp_path), "--runs", str(run.folder / "logs" / "run.json"), "--script", str(script)]
+    assert sub.main(["new", *what, "--artifact", *files]) == 0
+    folder = next((tmp_path / "track_non_record_16mb").iterdir())
+    assert failed(verify.static_checks(folder)) == set()
+    assert failed(rescored(folder, unseen=text.parent / "unseen")) == {"unseen"}
+    checks, _ = verify.rerun(folder, sub.load_submission(folder), options(folder, data=text, timeout=200.0))
+    assert failed(checks) == {"rerun"}, checks
+
+
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here")
+def test_an_honest_record_trains_again_to_what_it_claims(honest, text):
+    s = sub.load_submission(honest)
+    checks, scored = verify.rerun(honest, s, options(honest, data=text, run_seed="1"))
+    assert failed(checks) == set()
+    assert scored is not None
+    assert scored.bpb == pytest.approx(s.seed_results["1"].val_bpb, abs=1e-3)

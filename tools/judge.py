@@ -1,0 +1,452 @@
+"""Scores a record from outside: its code turns ids into logits in a process of its own, everything else happens here.
+
+The text, its bytes, the windows, the softmax and the sums are those of the root's train_gpt.py and of the documents, so
+that nothing the record's code does can change what is counted. A fixed predictor (class A) is asked for logits; what
+it said at some secret places is asked again in a second process that never sees what follows there. An adaptive
+one (class B) is asked for the distributions of a chunk before it may observe it. tools/verify.py is the command.
+
+    load_predictor(path, device)   class B; .config as GPTConfig, and
+    .predict(ids) -> (T, V)        log-probabilities: row t is that of ids[t] after all that was observed and ids[:t]
+    .observe(ids)                  called once for every chunk, after it was scored
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sandbox import Bind, Limits, Sandboxed
+from serve import JUDGED, receive, send
+from submission import ROOT, Check
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from documents import framed, read_documents  # noqa: E402
+from shards import write_shard  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
+
+SERVE = Path(__file__).with_name("serve.py")
+PROBES = 32  # places whose distribution is asked again in another process
+CLOSE = {"float32": 0.005, "bfloat16": 0.05}  # half the sum of differences of two distributions that count as the same
+REPEATED = 1e-4  # of a probability, by the same process
+NORMALISED = 1e-3  # of the log of the sum of probabilities, float32 over a vocabulary
+
+
+class RecordError(Exception):
+    """The record's code did not do what it has to; `check` is the name of the check that fails by it."""
+
+    def __init__(self, check: str, reason: str) -> None:
+        super().__init__(reason)
+        self.check = check
+
+
+class Record:
+    """The code of a record with one artifact, in a process of its own. `violations` gets what it should not do."""
+
+    def __init__(
+        self,
+        script: Path,
+        artifact: Path,
+        predictor_class: str,
+        limits: Limits,
+        seconds: float,
+        violations: dict[str, str],
+    ) -> None:
+        binds = [Bind(SERVE, "/judge/serve.py"), Bind(script.resolve(), "/record/train_gpt.py")]
+        binds.append(Bind(artifact.resolve(), f"/record/{artifact.name}"))
+        program = ["/judge/serve.py", "/record/train_gpt.py", f"/record/{artifact.name}", predictor_class]
+        self.seconds, self.violations = seconds, violations
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by close()
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        pipe = subprocess.PIPE
+        self.process = Sandboxed(program, binds, limits, env, stdin=pipe, stdout=pipe, stderr=self.errors)
+        assert self.process.popen.stdin is not None
+        assert self.process.popen.stdout is not None
+        self.requests, self.replies = self.process.popen.stdin, self.process.popen.stdout
+        try:
+            told = self.reply("load", 2**16)[0].get("config", {})
+            self.config = dataclasses.replace(tg.GPTConfig(), **{name: told[name] for name in JUDGED})
+            if self.config.eval_seq_len < 1:
+                raise ValueError("EVAL_SEQ_LEN is not set")
+        except (ValueError, TypeError, KeyError) as error:
+            self.close()
+            raise RecordError("load", f"its config is none to score by: {error}") from None
+        except RecordError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.process.close()
+        self.errors.close()
+
+    def reply(self, check: str, most: int) -> tuple[dict[str, Any], bytes]:
+        """The next message that is no report of the audit hook; RecordError for none in time, or an error."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(self.seconds, stop)
+        timer.start()
+        try:
+            while True:
+                header, payload = receive(self.replies, most)
+                if "violation" not in header:
+                    break
+                self.violations.setdefault(str(header["violation"])[:40], str(header.get("detail"))[:200])
+        except (EOFError, ValueError) as error:
+            if late.is_set():
+                raise RecordError("time", f"no answer within {self.seconds:g} s") from None
+            raise RecordError(check, f"its process ended or spoke nonsense: {self.last_words() or error}") from None
+        finally:
+            timer.cancel()
+        if "error" in header:
+            reason = str(header["error"])[:600]
+            raise RecordError("memory" if "memory" in reason.lower() else check, reason)
+        return header, payload
+
+    def last_words(self) -> str:
+        self.errors.seek(0, 2)
+        self.errors.seek(max(0, self.errors.tell() - 2000))
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+    def request(self, do: str, ids: np.ndarray, most: int) -> tuple[dict[str, Any], bytes]:
+        try:
+            payload = np.ascontiguousarray(ids, "<i8").tobytes()
+            send(self.requests, {"do": do, "shape": list(ids.shape)}, payload)
+        except OSError:
+            raise RecordError("run", f"its process is gone: {self.last_words()}") from None
+        return self.reply("run", most)
+
+    def ask(self, do: str, ids: np.ndarray) -> torch.Tensor:
+        """Send ids, int64 of any shape, and receive float32 values of that shape and the vocabulary."""
+        shape = (*ids.shape, self.config.vocab_size)
+        header, payload = self.request(do, ids, 4 * math.prod(shape))
+        if header.get("shape") != list(shape) or len(payload) != 4 * math.prod(shape):
+            raise RecordError("run", f"{do} returned shape {header.get('shape')}, not {list(shape)}")
+        values = torch.frombuffer(bytearray(payload), dtype=torch.float32).view(shape)
+        if not bool(torch.isfinite(values if do == "logits" else values.exp()).all()):
+            raise RecordError("normalised", f"{do} returned values that are not finite")
+        return values
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) int64 -> (B, T, V) float32"""
+        return self.ask("logits", ids.numpy())
+
+    def predict(self, ids: np.ndarray) -> torch.Tensor:
+        """(T,) -> (T, V) float32 log-probabilities"""
+        return self.ask("predict", ids)
+
+    def observe(self, ids: np.ndarray) -> None:
+        self.request("observe", ids, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The text and its bytes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_split(folder: Path, tokenizer: Path, vocab_size: int, bos_id: int) -> tg.ValSplit:
+    """The validation split of a data folder, read by the root's script. ValueError for files that contradict."""
+    config = dataclasses.replace(tg.GPTConfig(), vocab_size=vocab_size, bos_id=bos_id)
+    hp = dataclasses.replace(tg.Hyperparameters(), data_path=str(folder), tokenizer_path=str(tokenizer))
+    sp, digest = tg.load_tokenizer(str(tokenizer), config)
+    return tg.load_val_split(hp, config, sp, digest)
+
+
+def recount(split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id: int) -> Check:
+    """Whether the bytes of every document are those of its text: decoded where the tokenizer is lossless, else read."""
+    if split.identity["val_accounting"] == "pieces":
+        return Check("bytes_of_text", True, "counted from the tokenizer's pieces: bytes of the normalised text")
+    starts = np.flatnonzero(split.ids == bos_id)
+    counted = np.add.reduceat(split.bytes.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
+    known = split.identity["val_text_sha256"]
+    if documents is not None:
+        texts = [text for text in read_documents([documents]) if text.strip()]
+    elif split.identity["tokenizer_lossless"] is True:
+        decoder = Tokenizer(tokenizer.read_bytes(), tokenizer)
+        try:
+            texts = [decoder.decode(ids[1:]) for ids in np.split(split.ids, starts)[1:]]
+        except ValueError as error:
+            return Check("bytes_of_text", False, f"its tokens do not decode: {error}")
+    else:
+        return Check("bytes_of_text", True, "taken from the sidecar: the tokenizer is not lossless, give --documents")
+    hashed = hashlib.sha256()
+    for text in texts:
+        hashed.update(framed(text))
+    lengths = np.array([len(text.encode()) for text in texts])
+    if len(lengths) != len(counted) or bool((lengths != counted).any()):
+        told = f"{len(counted)} documents of {counted.sum()} bytes"
+        return Check("bytes_of_text", False, f"the data tell {told}, the text has {len(lengths)} of {lengths.sum()}")
+    if hashed.hexdigest() != known:
+        return Check("bytes_of_text", False, f"the text has sha256 {hashed.hexdigest()}, the data say {known}")
+    source = "the documents" if documents else "its tokens, decoded,"
+    return Check("bytes_of_text", True, f"{source} have {lengths.sum()} bytes in {len(lengths)} documents, as counted")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fixed predictors (class A)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """A place that was scored: what stood before it, and the distribution that the record gave."""
+
+    position: int  # of the target, in the split
+    row: np.ndarray  # everything before it in its row of the batch
+    document: np.ndarray  # everything before it in its document, as far as the window reaches
+    log_probs: torch.Tensor  # (V,)
+
+
+class Scored(NamedTuple):
+    """Sums by unit (a document, or a window where windows do not follow documents)."""
+
+    nats: np.ndarray
+    bytes: np.ndarray
+    targets: int
+    n_units: int  # of the whole split
+
+    @property
+    def bpb(self) -> float:
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+
+    @property
+    def interval(self) -> float:
+        """Half width of the 95 % interval of bpb as that of the text the units are a sample of (ratio estimator)."""
+        n = len(self.nats)
+        if n < 2:
+            return math.inf
+        rest = self.nats / math.log(2) - self.bpb * self.bytes
+        return float(1.96 * math.sqrt(n / (n - 1) * (rest**2).sum()) / self.bytes.sum())
+
+
+class Pass(NamedTuple):
+    """What a pass over windows leaves."""
+
+    nats: np.ndarray  # by window
+    probes: list[Probe]
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs, targets and nats of one batch
+
+
+def units_of(windows: Sequence[tg.Window], split: tg.ValSplit, config: tg.GPTConfig) -> np.ndarray:
+    """The unit of each window."""
+    if config.eval_method != "document":
+        return np.arange(len(windows))
+    starts = np.flatnonzero(split.ids == config.bos_id)
+    return np.searchsorted(starts, [window.first - 1 for window in windows], side="right")
+
+
+def score_windows(
+    logits_fn: Callable[[torch.Tensor], torch.Tensor],
+    split: tg.ValSplit,
+    windows: Sequence[tg.Window],
+    config: tg.GPTConfig,
+    rng: np.random.Generator,
+) -> Pass:
+    """As `evaluate` of the root's script, window by window, remembering some places at random."""
+    ids, seq_len = split.ids.astype(np.int64), config.eval_seq_len
+    rows = tg.pack_rows(windows, split.ids, config)
+    n_rows = max(1, min(tg.Hyperparameters().val_batch_size, tg.EVAL_LOGITS // config.vocab_size) // seq_len)
+    n_rows = min(n_rows, len(rows))
+    places = np.concatenate([np.arange(w.first, w.last) for w in windows])
+    secret = set(rng.choice(places, min(PROBES, len(places)), replace=False).tolist())
+    remembered = int(rng.integers(math.ceil(len(rows) / n_rows)))
+    documents = np.flatnonzero(split.ids == config.bos_id)
+    nats, probes, kept, index = np.zeros(len(windows)), list[Probe](), None, 0
+    for number, begin in enumerate(tqdm(range(0, len(rows), n_rows), "score", unit=" batches", disable=None)):
+        inputs, targets = torch.zeros(2, n_rows, seq_len, dtype=torch.int64)
+        cells: list[tuple[int, int, tg.Window]] = []
+        for i, row in enumerate(rows[begin : begin + n_rows]):
+            column = 0
+            for window in row:
+                start, _, last = window
+                end = column + last - 1 - start
+                inputs[i, column:end] = torch.from_numpy(ids[start : last - 1])
+                targets[i, column:end] = torch.from_numpy(ids[start + 1 : last])
+                cells.append((i, column, window))
+                column = end
+        logits = logits_fn(inputs)
+        losses = tg.target_nats(logits, targets)
+        for i, column, (start, first, last) in cells:
+            nats[index] = losses[i, column + first - 1 - start : column + last - 1 - start].double().sum()
+            index += 1
+            for position in secret.intersection(range(first, last)):
+                at = column + position - 1 - start
+                opened = documents[documents < position]
+                document = max(start, int(opened[-1])) if len(opened) else start
+                log_probs = torch.log_softmax(logits[i, at], 0)
+                probes.append(Probe(position, inputs[i, : at + 1].numpy(), ids[document:position], log_probs))
+        if number == remembered:
+            kept = inputs, targets, losses
+    assert kept is not None
+    return Pass(nats, probes, kept)
+
+
+def score_fixed(record: Record, split: tg.ValSplit, sample: int, rng: np.random.Generator) -> tuple[Scored, Pass]:
+    """Score a split, or `sample` of its units taken at random."""
+    windows = list(tg.scoring_windows(split.ids, record.config))
+    units = units_of(windows, split, record.config)
+    names = np.unique(units)
+    if 0 < sample < len(names):
+        chosen = rng.choice(names, sample, replace=False)
+        windows = [w for w, unit in zip(windows, units, strict=True) if unit in chosen]
+        units = units[np.isin(units, chosen)]
+    done = score_windows(record.logits, split, windows, record.config, rng)
+    _, place = np.unique(units, return_inverse=True)
+    n_bytes = np.array([int(split.bytes[w.first : w.last].sum(dtype=np.int64)) for w in windows])
+    targets = sum(w.last - w.first for w in windows)
+    sums = np.bincount(place, done.nats), np.bincount(place, n_bytes)
+    return Scored(*sums, targets, len(names)), done
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Half the sum of the differences of two distributions, given as log-probabilities: from 0 to 1."""
+    return float((a.exp() - b.exp()).abs().sum() / 2)
+
+
+def probe_fixed(record: Record, done: Pass, document_masks: bool, close: float) -> list[Check]:
+    """Ask a fresh process, which never sees what follows, for what the scored one said."""
+    causal, alone = 0.0, 0.0
+    for probe in done.probes:
+        by_row = torch.log_softmax(record.logits(torch.from_numpy(probe.row)[None])[0, -1], 0)
+        causal = max(causal, distance(by_row, probe.log_probs))
+        if document_masks:
+            by_document = torch.log_softmax(record.logits(torch.from_numpy(probe.document)[None])[0, -1], 0)
+            alone = max(alone, distance(by_document, by_row))
+    inputs, targets, losses = done.batch
+    again = float((tg.target_nats(record.logits(inputs), targets) - losses).abs().max())
+    n, same = len(done.probes), f"at most {close:g} is rounding"
+    checks = [Check("causal", causal <= close, f"{n} places without what follows: distance {causal:.2g}, {same}")]
+    if document_masks:
+        reason = f"{n} places without the documents before: distance {alone:.2g}, {same}"
+        checks.append(Check("documents", alone <= close, reason))
+    fine = again <= 20 * close
+    return [*checks, Check("deterministic", fine, f"a batch again in a second process: differs by {again:.2g} nats")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adaptive predictors (class B)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def score_adaptive(
+    record: Record, split: tg.ValSplit, documents: int, rng: np.random.Generator, close: float
+) -> tuple[Scored, list[Check]]:
+    """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
+
+    Some chunks are first shown with other text from a secret place on: what was said up to there must not change.
+    """
+    ids, size = split.ids.astype(np.int64), record.config.eval_seq_len
+    starts = np.flatnonzero(ids == record.config.bos_id)
+    end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
+    chunks = [(a, min(a + size, end)) for a in range(1, end, size)]
+    probed = set(rng.choice(len(chunks), min(PROBES, len(chunks)), replace=False).tolist())
+    worst = {"normalised": 0.0, "causal": 0.0, "side_effects": 0.0}
+    nats = np.zeros(end)
+    record.observe(ids[:1])
+    for number, (a, b) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
+        chunk, cut = ids[a:b], int(rng.integers(b - a))
+        if number in probed:
+            elsewhere = int(rng.integers(len(ids) - size)) if len(ids) > size else 0  # text, and no noise to tell it by
+            altered = record.predict(np.concatenate([chunk[:cut], ids[elsewhere : elsewhere + b - a - cut]]))
+        log_probs = record.predict(chunk)
+        worst["normalised"] = max(worst["normalised"], float(log_probs.logsumexp(1).abs().max()))
+        if number in probed:
+            rows = [distance(x, y) for x, y in zip(altered[: cut + 1], log_probs, strict=False)]
+            worst["causal"] = max(worst["causal"], *rows)
+            again = record.predict(chunk)
+            worst["side_effects"] = max(worst["side_effects"], float((again.exp() - log_probs.exp()).abs().max()))
+        nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
+        record.observe(chunk)
+    first = np.maximum(np.searchsorted(starts, np.arange(1, end) - 1, side="right"), 1) - 1
+    sums = np.bincount(first, nats[1:]), np.bincount(first, split.bytes[1:end])
+    texts = {
+        "normalised": ("log of the sum of probabilities", NORMALISED),
+        "causal": (f"{len(probed)} chunks with another end: distance", close),
+        "side_effects": (f"{len(probed)} chunks predicted twice: difference", REPEATED),
+    }
+    checks = [
+        Check(name, worst[name] <= most, f"{text} {worst[name]:.2g}, at most {most:g} is rounding")
+        for name, (text, most) in texts.items()
+    ]
+    return Scored(*sums, end - 1, len(starts)), checks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_decoy(data: Path, folder: Path, tokenizer: Path, vocab_size: int, bos_id: int) -> None:
+    """A validation split that is none: training text of the same length, so that a script finds what it looks for."""
+    tokens = len(tg.TokenStream(str(data), "fineweb_val_[0-9]*.bin"))
+    train = tg.TokenStream(str(data), "fineweb_train_[0-9]*.bin")
+    ids = train.read(0, min(tokens, len(train)))
+    train.require_below(vocab_size, ids, 0)
+    folder.mkdir()
+    write_shard(folder / "fineweb_val_000000.bin", ids)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(ids == bos_id, 0, 2))
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    entry = {"sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(), "lossless": False}
+    manifest = {"splits": {"val": {"text_sha256": "decoy", "files": files}}, "tokenizer": entry}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+class Training(NamedTuple):
+    """What a record is trained from again."""
+
+    script: Path
+    settings: dict[str, Any]
+    seed: str
+    data: Path
+    tokenizer: Path
+
+
+def train_again(job: Training, out: Path, limits: Limits, seconds: float) -> None:
+    """Run the script with its settings where the validation text does not exist; logs and artifact go to `out`."""
+    vocab_size, bos_id = int(job.settings["vocab_size"]), int(job.settings["bos_id"])
+    decoy = out.parent / "decoy"
+    make_decoy(job.data, decoy, job.tokenizer, vocab_size, bos_id)
+    shards = [*decoy.iterdir(), *job.data.glob("fineweb_train_[0-9]*.bin")]
+    binds = [Bind(path.resolve(), f"/data/{path.name}") for path in shards]
+    binds += [
+        Bind(job.script.resolve(), "/record/train_gpt.py"),
+        Bind(job.tokenizer.resolve(), "/data/tokenizer.model"),
+    ]
+    binds.append(Bind(out, "/out", writable=True))
+    env = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in job.settings.items()}
+    env |= {"SEED": job.seed, "RUN_ID": "rerun", "DATA_PATH": "/data", "TOKENIZER_PATH": "/data/tokenizer.model"}
+    env |= {"OUT_DIR": "/out", "ARTIFACT_DIR": "/out", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with (out / "screen.txt").open("w+b") as screen:
+        process = Sandboxed(["/record/train_gpt.py"], binds, limits, env, stdout=screen, stderr=screen)
+        try:
+            status = process.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise RecordError("time", f"training took more than {seconds:g} s") from None
+        finally:
+            process.close()
+        screen.seek(0)
+        lines = screen.read().decode(errors="replace").strip().splitlines()
+    if status:
+        raise RecordError("train", f"the script ended with status {status}: {lines[-1][:300] if lines else ''}")

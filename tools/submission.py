@@ -1,0 +1,756 @@
+"""Make a submission from finished runs, and read those of others. The only file that knows a record's layout.
+
+    python tools/submission.py new --track track_non_record_16mb --name MyIdea --author "Ada" --github-id ada \\
+        --blurb "What is new, in one sentence."
+    python tools/submission.py import FOLDER     what a folder in the style of the published challenge holds and lacks
+    python tools/submission.py schema            the JSON Schema of submission.json (tools/submission.schema.json)
+
+`new` takes the last run of logs/ and every other run there with the same script and the same settings: all seeds that
+were run, not a choice. A record is a folder records/<track>/<YYYY-MM-DD>_<Name>/ with
+
+    submission.json          what is claimed (class Submission below)
+    README.md                the same in words
+    train_gpt.py             the script that ran, byte for byte
+    train_seed<SEED>.log     the log of each run
+    train_seed<SEED>.json    what that run wrote about itself
+    final_model.*.ptz        the artifact of the first seed (--artifact), for text that may be handed on
+    data/                    with it: validation shards, their bytes and manifest, and the tokenizer
+    reviews.json             what others found (tools/verify.py --sign)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "records"
+SCHEMA_FILE = Path(__file__).with_name("submission.schema.json")
+FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
+PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}  # may differ
+ABOUT = ("name", "author", "github_id", "date", "track", "rules_version", "predictor_class", "base", "blurb", "licence")
+COUNTED = ("train", "average", "calibrate")  # phases inside the limit of the training time
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One run. Nats per token, bits per byte of the source text, bytes, seconds."""
+
+    val_loss: float
+    val_bpb: float
+    pre_quant_val_loss: float  # of the trained weights, before they were quantized
+    pre_quant_val_bpb: float
+    steps: int
+    train_seconds: float  # training and what else counts against its limit
+    eval_seconds: float
+    bytes_artifact: int
+    bytes_total: int
+    artifact_sha256: str
+    scored_tokens: int
+    scored_bytes: int
+    ledger_seconds: dict[str, float]  # every phase of the run
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What submission.json says, with every name in it. Means are over all seeds, bytes those of the largest run."""
+
+    schema_version: int
+    name: str
+    author: str
+    github_id: str
+    date: str  # YYYY-MM-DD
+    track: str
+    rules_version: int
+    predictor_class: Literal["A", "B"]  # A: a fixed predictor; B: adapts to tokens that were scored
+    base: str  # the record it builds on, <track>/<folder>, or empty
+    blurb: str
+    licence: str
+    hardware: str  # 8x cuda:NVIDIA_H100_80GB_HBM3
+    python: str
+    torch: str
+    code_sha256: str
+    bytes_code: int
+    bytes_artifact: int
+    bytes_total: int
+    model_params: int
+    val_loss: float
+    val_loss_std: float | None  # None: one seed has none
+    val_bpb: float
+    val_bpb_std: float | None
+    pre_quant_val_bpb: float
+    train_seconds: float
+    judge_version: int
+    val_accounting: Literal["sidecar", "pieces"]
+    val_text_sha256: str
+    val_shards_sha256: str
+    val_tokens: int
+    val_documents: int
+    val_bytes: int
+    tokenizer_sha256: str
+    tokenizer_lossless: bool | None  # None: unknown
+    train_dataset: str
+    train_tokens: int
+    settings: dict[str, Any]
+    seed_results: dict[str, SeedResult]
+    benchmarks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> tuple[str, str, int, int]:
+        """What was scored, whatever the tokenizer: results with the same text are comparable."""
+        return self.val_accounting, self.val_text_sha256, self.val_documents, self.val_bytes
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What no run knows."""
+        return {name: getattr(self, name) for name in ABOUT}
+
+    def values(self, key: str) -> list[float]:
+        """One number per seed, in the order of the seeds."""
+        return [float(getattr(result, key)) for _, result in sorted(self.seed_results.items())]
+
+
+@dataclass(frozen=True)
+class Review:
+    """One entry of reviews.json: what somebody found who looked at the record."""
+
+    date: str  # YYYY-MM-DD
+    reviewer: str
+    kind: Literal["rescored", "reproduced", "disputed", "settled"]  # settled: the disputes before it are answered
+    code_sha256: str
+    seed: str = ""  # of the run that was scored again, or trained
+    val_bpb: float | None = None
+    val_bpb_interval: float | None = None  # half width at 95 %, where a sample of the documents was scored
+    judge_version: int | None = None
+    hardware: str = ""
+    note: str = ""
+
+
+class Check(NamedTuple):
+    """One line of tools/verify.py."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Track:
+    """The limits of a track, from records/tracks.json. None: no limit."""
+
+    title: str
+    rules: str
+    rank_by: Literal["val_bpb", "train_seconds"]
+    min_gain: float  # by which the best is to be beaten, in units of rank_by
+    p_value: float  # of that gain, one-sided
+    min_seeds: int = 1
+    by_device: bool = False  # each kind of machine has a table of its own
+    max_total_bytes: int | None = None
+    max_train_seconds: float | None = None
+    max_eval_seconds: float | None = None
+    device: str = ""  # is part of the name of the device
+    world_size: int | None = None
+    target_val_bpb: float | None = None
+    max_train_tokens: int | None = None
+    max_parameters: int | None = None
+    min_context_tokens: int | None = None
+    licences: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+
+
+def load_tracks() -> tuple[int, dict[str, Track]]:
+    """The version of the rules, and the tracks by name."""
+    rules = json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
+    return rules["rules_version"], {name: from_json(Track, track, name) for name, track in rules["tracks"].items()}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A validation text that is known, from records/splits.json. Without a sha256: known by its size alone."""
+
+    name: str
+    documents: int
+    bytes: int
+    tolerance: float  # relative, of the bytes: tokenizers normalise, and some scores drop a tail
+    text_sha256: str = ""
+
+
+def known_split(documents: int, text_sha256: str) -> Split | None:
+    """The known text with this sha256, or, where a sha256 is not known, with this number of documents."""
+    rows = json.loads((RECORDS / "splits.json").read_text(encoding="utf-8"))
+    splits = [from_json(Split, row, "splits.json") for row in rows]
+    fits = (s for s in splits if (s.text_sha256 or ("unknown", s.documents)) in (text_sha256, (text_sha256, documents)))
+    return next(fits, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dataclasses from and to JSON
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def faults(value: Any, kind: Any, where: str) -> Iterable[str]:
+    """Why a JSON value is not of a type made of dataclasses, dicts, tuples, literals, unions and scalars."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            yield f"{where} is {value!r:.60}, not an object"
+            return
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for name in sorted(value.keys() - fields.keys()):
+            yield f"{where}.{name} is an unknown key: remove it, or say it in README.md"
+        for name, f in fields.items():
+            optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+            if name in value:
+                yield from faults(value[name], hints[name], f"{where}.{name}")
+            elif not optional:
+                yield f"{where}.{name} is missing"
+    elif origin is types.UnionType:
+        if all(any(True for _ in faults(value, part, where)) for part in parts):
+            yield f"{where} is {value!r:.60}, not {' or '.join(map(kind_name, parts))}"
+    elif origin is Literal:
+        if value not in parts:
+            yield f"{where} is {value!r:.60}, not one of {', '.join(map(str, parts))}"
+    elif origin is dict:
+        if not isinstance(value, dict):
+            yield f"{where} is {value!r:.60}, not an object"
+            return
+        for key, item in value.items():
+            yield from faults(item, parts[1], f"{where}.{key}")
+    elif origin is tuple:
+        if not isinstance(value, list):
+            yield f"{where} is {value!r:.60}, not a list"
+            return
+        for i, item in enumerate(value):
+            yield from faults(item, parts[0], f"{where}[{i}]")
+    else:
+        accepted = (int, float) if kind is float else kind
+        fine = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if not fine or (kind is float and not math.isfinite(value)):
+            yield f"{where} is {value!r:.60}, not {kind_name(kind)}"
+
+
+def kind_name(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
+    return names.get(kind, str(kind))
+
+
+def from_json(cls: Any, value: Any, where: str) -> Any:
+    """An instance of a dataclass; ValueError that lists everything wrong with the value."""
+    wrong = list(faults(value, cls, where))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: rebuilt(item, hints[name]) for name, item in value.items()})
+
+
+def rebuilt(value: Any, kind: Any) -> Any:
+    """A checked JSON value as its type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value, "")
+    if origin is dict:
+        return {key: rebuilt(item, parts[1]) for key, item in value.items()}
+    return tuple(value) if origin is tuple else value
+
+
+def json_schema(kind: Any = Submission) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of what `faults` accepts."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    scalars = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+    if kind is Any:
+        return {}
+    if dataclasses.is_dataclass(kind):
+        hints, missing = typing.get_type_hints(kind), dataclasses.MISSING
+        fields = dataclasses.fields(kind)
+        return {
+            "type": "object",
+            "description": " ".join((kind.__doc__ or "").split()),
+            "properties": {f.name: json_schema(hints[f.name]) for f in fields},
+            "required": [f.name for f in fields if f.default is missing and f.default_factory is missing],
+            "additionalProperties": False,
+        }
+    if origin is types.UnionType:
+        return {"anyOf": [json_schema(part) for part in parts]}
+    if origin is Literal:
+        return {"enum": list(parts)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(parts[1])}
+    return {"type": scalars[kind]}
+
+
+def schema_text() -> str:
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "submission.json"}
+    return json.dumps(head | json_schema(), indent=1) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A record's folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_submission(folder: Path) -> Submission:
+    """ValueError if submission.json is missing, no JSON, or not of the schema."""
+    return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
+
+
+def read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({error!s:.80})") from None
+
+
+def record_folders(records: Path = RECORDS) -> list[Path]:
+    """Every folder of every track, oldest first."""
+    return sorted((p for p in records.glob("track_*/*") if p.is_dir()), key=lambda p: (p.name, p.parent.name))
+
+
+def script_path(folder: Path) -> Path:
+    return folder / "train_gpt.py"
+
+
+def log_path(folder: Path, seed: str) -> Path:
+    return folder / f"train_seed{seed}.log"
+
+
+def run_path(folder: Path, seed: str) -> Path:
+    return folder / f"train_seed{seed}.json"
+
+
+def artifact_path(folder: Path) -> Path | None:
+    """The artifact that lies in the folder, if there is one."""
+    return next(iter(sorted(folder.glob("final_model.*.ptz"))), None)
+
+
+def data_path(folder: Path) -> Path:
+    """Holds validation shards and tokenizer.model where the record brings them along."""
+    return folder / "data"
+
+
+def load_reviews(folder: Path) -> list[Review]:
+    """Oldest first; ValueError for a file that is not of the schema."""
+    path = folder / "reviews.json"
+    entries = read_json(path) if path.exists() else []
+    if not isinstance(entries, list):
+        raise ValueError("reviews.json holds no list")
+    return [from_json(Review, entry, f"reviews.json[{i}]") for i, entry in enumerate(entries)]
+
+
+def add_review(folder: Path, review: Review) -> None:
+    entries = [dataclasses.asdict(entry) for entry in [*load_reviews(folder), review]]
+    (folder / "reviews.json").write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def script_settings(source: str) -> set[str]:
+    """Names of the settings of a script: the fields of its dataclasses GPTConfig and Hyperparameters. Runs no code."""
+    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    fields = [n for c in classes if c.name in ("GPTConfig", "Hyperparameters") for n in c.body]
+    return {n.target.id for n in fields if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logs, in the grammar of the published challenge
+# ----------------------------------------------------------------------------------------------------------------------
+
+NUMBER = r"(-?\d[\d.]*(?:e-?\d+)?|nan|inf)"
+STEP_LINE = re.compile(rf"(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
+TIME = re.compile(rf"train_time: ?{NUMBER} ?(ms|m|s)?")
+FINAL_LINE = re.compile(rf"([A-Za-z]\w*) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(.*)")
+SIZES = {
+    "bytes_code": re.compile(r"Code size: (\d+) bytes"),
+    "bytes_artifact": re.compile(r"Serialized model \S+: (\d+) bytes"),
+    "bytes_total": re.compile(r"Total submission size \S+: (\d+) bytes"),
+}
+PAIR = re.compile(r"\b([a-z]\w*):([^\s:,]+)")
+
+
+class RunLog(NamedTuple):
+    """What a log says. Curves are (step, seconds, nats per token)."""
+
+    train_curve: list[tuple[int, float, float]]
+    val_curve: list[tuple[int, float, float]]
+    finals: dict[str, tuple[float, float]]  # val_loss and val_bpb by the name of the line, in the order of the log
+    values: dict[str, str]  # the last value of every key:value, and bytes_code, bytes_artifact, bytes_total
+
+    @property
+    def final(self) -> tuple[str, float, float] | None:
+        """The result: the last line with exact figures, else the last line with figures."""
+        names = [name for name in self.finals if name.endswith("_exact")] or list(self.finals)
+        return (names[-1], *self.finals[names[-1]]) if names else None
+
+
+def parse_log(text: str) -> RunLog:
+    """Reads logs of this project and of the published challenge; lines it does not know are skipped."""
+    log = RunLog([], [], {}, {})
+    for line in text.splitlines():
+        if len(line) > 4000:  # a line of a log is short
+            continue
+        step = STEP_LINE.match(line)
+        if step:
+            time = TIME.search(step[5])
+            unit = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0}[time[2]] if time else 1.0
+            seconds = float(time[1]) * unit if time else math.nan
+            curve = log.train_curve if step[2] == "train" else log.val_curve
+            curve.append((int(step[1]), seconds, float(step[3])))
+            continue
+        final = FINAL_LINE.match(line)
+        if final and " partial:" not in f" {final[4]}":
+            log.finals[final[1]] = float(final[2]), float(final[3])
+        for key, pattern in SIZES.items():
+            if found := pattern.search(line):
+                log.values[key] = found[1]
+        log.values.update(PAIR.findall(line))
+    return log
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# new
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seed_result(run: Mapping[str, Any]) -> SeedResult:
+    """From what a run wrote about itself."""
+    ledger = {key.removeprefix("seconds_"): seconds for key, seconds in run.items() if key.startswith("seconds_")}
+    derived = {
+        "train_seconds": round(sum(ledger.get(phase, 0.0) for phase in COUNTED), 2),
+        "eval_seconds": ledger["evaluate"],
+        "ledger_seconds": ledger,
+    }
+    names = {f.name for f in dataclasses.fields(SeedResult)}
+    return SeedResult(**{name: run[name] for name in names - derived.keys()}, **derived)
+
+
+def same_settings(runs: Sequence[Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
+    """The settings that all runs share; ValueError if one differs that is not a matter of the single run."""
+    shared = {name: runs[0][name] for name in sorted(names - PER_RUN) if name in runs[0]}
+    for run in runs[1:]:
+        for name, value in shared.items():
+            if run.get(name) != value:
+                raise ValueError(f"{name.upper()} is {value} in one run and {run.get(name)} in another: name one kind")
+    return shared
+
+
+def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[str, Any]) -> Submission:
+    """The submission that follows from the JSON of its runs. `about` adds what no run knows."""
+    first, results = runs[0], {str(run["seed"]): seed_result(run) for run in runs}
+    if len(results) < len(runs):
+        raise ValueError(f"two runs have the same seed, of {sorted(str(run['seed']) for run in runs)}: keep one")
+    for run in runs:
+        if run["partial"] or run.get("eval_artifact"):
+            raise ValueError(
+                f"run {run['run_id']} scored a part of the split, or did not train: no record is made of it"
+            )
+        for key in ("code_sha256", "val_shards_sha256", "device", "world_size", "judge_version"):
+            if run[key] != first[key]:
+                raise ValueError(f"{key} differs between runs {first['run_id']} and {run['run_id']}: submit one kind")
+    if sha256(source) != first["code_sha256"]:
+        raise ValueError(f"the script has sha256 {sha256(source)}, the run was made with {first['code_sha256']}")
+
+    def mean(key: str) -> float:
+        return statistics.fmean(getattr(result, key) for result in results.values())
+
+    def deviation(key: str) -> float | None:
+        return statistics.stdev(getattr(r, key) for r in results.values()) if len(results) > 1 else None
+
+    lossless = first["tokenizer_lossless"]
+    derived: dict[str, Any] = {
+        "schema_version": 1,
+        "hardware": f"{first['world_size']}x {first['device']}",
+        "bytes_artifact": max(result.bytes_artifact for result in results.values()),
+        "bytes_total": max(result.bytes_total for result in results.values()),
+        "tokenizer_lossless": lossless if isinstance(lossless, bool) else None,
+        "settings": same_settings(runs, script_settings(source.decode())),
+        "seed_results": dict(sorted(results.items(), key=lambda item: int(item[0]))),
+        "val_loss_std": deviation("val_loss"),
+        "val_bpb_std": deviation("val_bpb"),
+        **{key: mean(key) for key in ("val_loss", "val_bpb", "pre_quant_val_bpb", "train_seconds")},
+    }
+    names = {f.name for f in dataclasses.fields(Submission)} - {"benchmarks"}
+    return Submission(**{name: first[name] for name in names - derived.keys() - about.keys()}, **derived, **about)
+
+
+def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
+    """The newest run of a folder, and all with the same code and settings: every seed that was run."""
+    found = []
+    for path in sorted(logs.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        run = read_json(path)
+        if run.get("steps") and not run.get("eval_artifact") and not run.get("partial"):
+            found.append((path, run))
+    if not found:
+        raise ValueError(f"{logs} holds the JSON of no finished run: train first, or name one with --runs")
+    last = found[-1][1]
+    names = (last.keys() & (settings | {"code_sha256"})) - PER_RUN
+    return [path for path, run in found if all(run.get(name) == last[name] for name in names)]
+
+
+def write_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
+    """Lay out a record's folder, whole or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for path in runs:
+        seed = str(read_json(path)["seed"])
+        shutil.copyfile(path, run_path(part, seed))
+        shutil.copyfile(path.with_suffix(".txt"), log_path(part, seed))
+    shutil.copyfile(script, script_path(part))
+    if artifact:
+        copy_artifact(part, submission, read_json(runs[0]))
+    save_submission(part, submission)
+    log = runs[0].with_suffix(".txt").read_text(encoding="utf-8")
+    (part / "README.md").write_text(readme(submission, log), encoding="utf-8")
+    part.rename(folder)
+
+
+def save_submission(folder: Path, submission: Submission) -> None:
+    text = json.dumps(dataclasses.asdict(submission), indent=1, allow_nan=False) + "\n"
+    (folder / "submission.json").write_text(text, encoding="utf-8")
+
+
+def copy_artifact(folder: Path, submission: Submission, run: Mapping[str, Any]) -> None:
+    """The artifact of a run, with the validation shards and the tokenizer it was scored with."""
+    results = {result.artifact_sha256 for result in submission.seed_results.values()}
+    found = [p for p in Path(run["artifact_dir"]).glob("final_model.*.ptz") if sha256(p.read_bytes()) in results]
+    if not found:
+        raise ValueError(
+            f"ARTIFACT_DIR={run['artifact_dir']} holds no artifact of these runs any more: drop --artifact"
+        )
+    shutil.copyfile(found[0], folder / found[0].name)
+    data_path(folder).mkdir()
+    for path in [*Path(run["data_path"]).glob("fineweb_val_*.bin"), Path(run["data_path"], "manifest.json")]:
+        shutil.copyfile(path, data_path(folder) / path.name)
+    shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
+
+
+def command_line(log: str) -> str:
+    """The settings that a run was given, as a shell types them, from the first line of its log."""
+    preset, given = re.findall(r"^preset:(\S+) .*settings:(\S*)", log, re.MULTILINE)[0]
+    chosen = [s for s in given.split(",") if s and s.partition("=")[0].lower() not in PER_RUN | {"preset"}]
+    return " ".join([f"PRESET={preset}", *chosen])
+
+
+def readme(submission: Submission, log: str) -> str:
+    """The text that a new record starts with."""
+    s, rows = submission, []
+    for seed, r in s.seed_results.items():
+        bpb = f"{r.pre_quant_val_bpb:.4f} | {r.val_bpb:.4f}"
+        rows.append(
+            f"| {seed} | {r.steps} | {bpb} | {r.train_seconds:.1f} | {r.eval_seconds:.1f} | {r.bytes_total:,} |"
+        )
+    spread = f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds" if s.val_bpb_std is not None else ", one seed"
+    return f"""# {s.name}
+
+{s.blurb}
+
+**val_bpb {s.val_bpb:.4f}**{spread}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
+{s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
+({s.val_accounting}).
+
+| seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Repeat it
+
+```bash
+python ../../../tools/verify.py .
+{command_line(log)} SEED={next(iter(s.seed_results))} python train_gpt.py
+```
+
+Training data: `{s.train_dataset}`, {s.train_tokens:,} tokens. Builds on: {s.base or "nothing before it"}. Licence:
+{s.licence}.
+"""
+
+
+def git_setting(name: str) -> str:
+    try:
+        found = subprocess.run(["git", "config", name], capture_output=True, text=True, check=False, cwd=ROOT)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def new(args: argparse.Namespace) -> int:
+    version, tracks = load_tracks()
+    if args.track not in tracks:
+        raise ValueError(f"--track={args.track} must be one of {', '.join(tracks)}")
+    script = Path(args.script)
+    settings = script_settings(script.read_text(encoding="utf-8"))
+    runs = [Path(p) for p in args.runs] or runs_like_the_last(Path(args.logs), settings)
+    records = [read_json(path) for path in runs]
+    about = {
+        "name": args.name,
+        "author": args.author or git_setting("user.name"),
+        "github_id": args.github_id,
+        "date": args.date or records[-1]["date"][:10],
+        "track": args.track,
+        "rules_version": version,
+        "predictor_class": args.predictor_class,
+        "base": args.base,
+        "blurb": args.blurb,
+        "licence": args.licence,
+    }
+    submission = summarize(records, script.read_bytes(), about)
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", args.name).strip("-")
+    folder = Path(args.records, args.track, f"{submission.date}_{slug}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another --name")
+    write_record(folder, submission, runs, script, args.artifact)
+    print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# import
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALIASES = {  # by our name, what folders of the published challenge call it
+    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb"),
+    "val_loss": ("val_loss", "mean_val_loss"),
+    "val_bpb_std": ("val_bpb_std", "std_bpb"),
+    "bytes_total": (
+        "bytes_total",
+        "artifact_bytes_max",
+        "artifact_bytes",
+        "artifact_size_bytes",
+        "artifact_bytes_mean",
+    ),
+    "bytes_code": ("bytes_code", "code_bytes"),
+    "bytes_artifact": ("bytes_artifact", "bytes_model_int8_zlib", "bytes_model_int6_zstd", "bytes_model_compressed"),
+    "pre_quant_val_bpb": ("pre_quant_val_bpb",),
+    "train_seconds": ("train_seconds", "train_time_s_mean", "wallclock_seconds"),
+    "hardware": ("hardware", "gpu", "platform"),
+    "torch": ("torch", "pytorch_version"),
+    "model_params": ("model_params",),
+    "base": ("base", "based_on", "base_submission", "base_pr"),
+    "blurb": ("blurb", "technique_summary", "notes"),
+}
+
+
+class Imported(NamedTuple):
+    """A folder in the style of the published challenge: what is known, by our names, and what it lacks.
+
+    A seed's `implied_bytes` follow from the loss, the bpb and the tokens of its log: what the score was divided by.
+    """
+
+    known: dict[str, Any]
+    seeds: dict[str, dict[str, Any]]
+    missing: list[str]
+
+
+def import_published(folder: Path) -> Imported:
+    """Read a foreign submission.json and its logs, tolerantly: nothing is guessed, all that is missing is named."""
+    files = [folder / "submission.json", *sorted(folder.glob("submission*.json"))]
+    path = next((p for p in files if p.is_file()), None)
+    theirs = read_json(path) if path else {}
+    theirs, missing = (theirs, []) if isinstance(theirs, dict) else ({}, ["submission.json holds no object"])
+    if path is None:
+        missing.append("submission.json")
+    elif path.name != "submission.json":
+        missing.append(f"submission.json (it has {path.name})")
+    ours = [f.name for f in dataclasses.fields(Submission)]
+    known = {n: theirs[key] for n in ours for key in reversed(ALIASES.get(n, (n,))) if theirs.get(key) is not None}
+    results = known.pop("seed_results", {})
+    results = results if isinstance(results, dict) else {}
+    seeds = {str(k): dict(v) for k, v in results.items() if isinstance(v, dict)}
+    logs = sorted([*folder.glob("train*.log"), *folder.glob("train*.txt")])
+    for log_file in logs:
+        log = parse_log(log_file.read_text(encoding="utf-8", errors="replace"))
+        named = re.search(r"seed_?(\d+)", log_file.name)
+        seed = named[1] if named else log.values.get("seed", "unknown")
+        entry = seeds.setdefault(seed, {})
+        entry["log"] = log_file.name
+        if log.final:
+            entry["log_line"], entry["log_val_loss"], entry["log_val_bpb"] = log.final
+        else:
+            missing.append(f"a final val_bpb in {log_file.name}")
+        entry |= {key: int(log.values[key]) for key in SIZES if key in log.values}
+        tokens = log.values.get("tokens", log.values.get("val_tokens", ""))
+        if log.final and tokens.isdigit() and log.final[2] > 0:
+            entry["implied_bytes"] = round(log.final[1] / math.log(2) * int(tokens) / log.final[2])
+    if "val_bpb" not in known and seeds:
+        scores = [s.get("val_bpb", s.get("log_val_bpb")) for s in seeds.values()]
+        numbers = [x for x in scores if isinstance(x, float)]
+        known |= {"val_bpb": statistics.fmean(numbers)} if len(numbers) == len(scores) else {}
+    promised = theirs.get("seeds") or list(seeds)
+    promised = promised if isinstance(promised, list) else []
+    missing += [f"the log of seed {seed}" for seed in map(str, promised) if "log" not in seeds.get(seed, {})]
+    if not logs:
+        missing.append("any training log")
+    missing += [name for name in ("README.md", "train_gpt.py") if not (folder / name).is_file()]
+    if not list(folder.glob("*.ptz")):
+        missing.append("the artifact, so that the score cannot be computed again without training")
+    missing += [f"submission.json: {name}" for name in ours if name not in known and name != "benchmarks"]
+    missing += [f"submission.json: {name} of a known meaning (it has {k!r})" for name, k in unread(theirs)]
+    return Imported(known, seeds, missing)
+
+
+def unread(theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Their keys that have no place here."""
+    read = {key for keys in ALIASES.values() for key in keys} | {f.name for f in dataclasses.fields(Submission)}
+    return [("a key", key) for key in theirs if key not in read | {"seeds"}]
+
+
+def show_import(args: argparse.Namespace) -> int:
+    found = import_published(Path(args.folder))
+    print(json.dumps({"known": found.known, "seeds": found.seeds, "missing": found.missing}, indent=1, default=str))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    make = commands.add_parser("new", help="a record's folder from finished runs")
+    make.add_argument("--track", required=True)
+    make.add_argument("--name", required=True, help="of the record, and of its folder")
+    make.add_argument("--blurb", required=True, help="what is new, in a sentence or two")
+    make.add_argument("--author", default="", help="default: git's user.name")
+    make.add_argument("--github-id", required=True)
+    make.add_argument("--base", default="", help="the record it builds on, <track>/<folder>")
+    make.add_argument("--class", dest="predictor_class", choices=("A", "B"), default="A")
+    make.add_argument("--licence", default="MIT")
+    make.add_argument("--date", default="", help="YYYY-MM-DD; default: of the last run")
+    make.add_argument("--runs", nargs="+", default=[], help="their JSON; default: all in --logs like the last")
+    make.add_argument("--logs", default="logs")
+    make.add_argument("--script", default=str(ROOT / "train_gpt.py"))
+    make.add_argument("--records", default=str(RECORDS))
+    make.add_argument("--artifact", action="store_true", help="with artifact, validation shards and tokenizer")
+    make.set_defaults(run=new)
+    read = commands.add_parser("import", help="what a published-style folder holds and lacks")
+    read.add_argument("folder")
+    read.set_defaults(run=show_import)
+    schema = commands.add_parser("schema", help="the JSON Schema of submission.json")
+    schema.set_defaults(run=lambda args: print(schema_text(), end="") or 0)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,559 @@
+"""Says whether a record can be trusted, one line per check, and exits with 0 if all of them pass.
+
+    python tools/verify.py records/TRACK/FOLDER              from its files alone, in a second
+    python tools/verify.py FOLDER --rescore                  scores its artifact again; no network, none of its own sums
+    python tools/verify.py FOLDER --rescore --sample 200     the same for 200 documents, with an interval
+    python tools/verify.py FOLDER --rerun --data DATA        trains again from its script, and scores what comes out
+
+The text is that of the record's own data/, or of --data with --tokenizer. --documents names the source of a text whose
+tokenizer is not lossless; --unseen another text of the same source: what was trained on one is better there than here.
+--json prints the checks as JSON. --sign NAME adds what --rescore or --rerun found to the record's reviews.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import submission as sub
+from submission import Check
+
+if TYPE_CHECKING:  # it imports torch, which takes longer than all static checks together
+    import judge
+
+SAME_SCORE = 0.001  # bits per byte between machines; half of what a record has to gain
+RERUN_SCORE = 0.01  # between two trainings by a clock on machines of one kind, or five deviations of the seeds
+UNSEEN_GAP = 0.02  # bits per byte that a text may be easier than another of its source, beyond chance
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of the files alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def static_checks(folder: Path) -> list[Check]:
+    """Everything that the files of a record tell by themselves."""
+    folder = folder.resolve()
+    checks = [check_files(folder)]
+    try:
+        submission = sub.load_submission(folder)
+    except ValueError as error:
+        return [*checks, Check("schema", False, f"{error}")]
+    checks.append(Check("schema", True, f"submission.json is of version {submission.schema_version}"))
+    checks += [check_track(folder, submission), *check_source(folder, submission)]
+    try:
+        runs = {seed: sub.read_json(sub.run_path(folder, seed)) for seed in submission.seed_results}
+        logs = {seed: sub.parse_log(read_text(sub.log_path(folder, seed))) for seed in submission.seed_results}
+    except (ValueError, OSError) as error:
+        return [*checks, Check("logs", False, f"{error}")]
+    checks += [check_summary(folder, submission, runs), check_logs(submission, logs), check_seeds(folder, submission)]
+    checks += [check_bytes(folder, submission), check_clock(submission, runs, logs), check_targets(submission)]
+    return [*checks, check_implied_bytes(submission), check_data(folder, submission), check_lineage(folder, submission)]
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def verdict(name: str, wrong: Sequence[str], fine: str) -> Check:
+    return Check(name, not wrong, "; ".join(wrong) or fine)
+
+
+def check_files(folder: Path) -> Check:
+    wanted = ("README.md", "submission.json", sub.script_path(folder).name)
+    wrong = [f"{name} is missing" for name in wanted if not (folder / name).is_file()]
+    if not sub.FOLDER_NAME.fullmatch(folder.name):
+        wrong.append(f"the folder's name {folder.name!r} is not YYYY-MM-DD_Name")
+    data = sub.data_path(folder)
+    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or p.is_file()):
+        known = path.suffix in (".md", ".json", ".log", ".svg", ".png") or path in (
+            sub.script_path(folder),
+            sub.artifact_path(folder),
+        )
+        if path.is_symlink():
+            wrong.append(f"{path.relative_to(folder)} is a link")
+        elif not known and path.parent != data:
+            wrong.append(f"{path.relative_to(folder)} is none of a record's files: code and weights count, say where")
+    return verdict("files", wrong, "all there, and nothing else")
+
+
+def check_track(folder: Path, s: sub.Submission) -> Check:
+    """Track, rules, date, hardware, and what only some tracks ask for."""
+    version, tracks = sub.load_tracks()
+    track = tracks.get(s.track)
+    if track is None:
+        return Check("track", False, f"{s.track!r} is none of {', '.join(tracks)}")
+    wrong = [] if folder.parent.name == s.track else [f"it lies in {folder.parent.name} and says {s.track}"]
+    if s.rules_version > version:
+        wrong.append(f"rules_version {s.rules_version} is not known yet: the newest is {version}")
+    if not folder.name.startswith(s.date):
+        wrong.append(f"the folder's date is not {s.date}")
+    if track.device not in s.hardware:
+        wrong.append(f"the hardware is {s.hardware}, the track wants {track.device}")
+    if track.world_size and not s.hardware.startswith(f"{track.world_size}x "):
+        wrong.append(f"the hardware is {s.hardware}, the track wants {track.world_size} of them")
+    if track.max_parameters and s.model_params > track.max_parameters:
+        wrong.append(f"{s.model_params} parameters, more than {track.max_parameters}")
+    context = int(s.settings.get("eval_seq_len") or s.settings.get("train_seq_len") or 0)
+    if track.min_context_tokens and context < track.min_context_tokens:
+        wrong.append(f"a context of {context} tokens, fewer than {track.min_context_tokens}")
+    if track.licences and s.licence not in track.licences:
+        wrong.append(f"licence {s.licence!r} is none of {', '.join(track.licences)}")
+    wrong += [f"benchmark {name} is missing" for name in track.benchmarks if name not in s.benchmarks]
+    if track.target_val_bpb and s.val_bpb > track.target_val_bpb:
+        wrong.append(f"val_bpb {s.val_bpb:.4f} does not reach {track.target_val_bpb}")
+    if track.max_train_tokens and s.train_tokens > track.max_train_tokens:
+        wrong.append(f"{s.train_tokens} training tokens, more than {track.max_train_tokens}")
+    return verdict("track", wrong, f"{s.track}, rules {s.rules_version}, class {s.predictor_class}, {s.hardware}")
+
+
+HIDING = {"exec", "eval", "compile", "__import__", "globals", "breakpoint"}  # built-in functions that run data as code
+HIDDEN_MODULES = {"marshal", "pickle", "dill", "cloudpickle", "base64", "binascii", "codecs", "runpy", "importlib"}
+HIDDEN_MODULES |= {"builtins", "ctypes", "cffi", "code", "codeop", "imp", "zipimport", "shelve"}
+NETWORK_MODULES = {"socket", "socketserver", "ssl", "urllib", "http", "ftplib", "smtplib", "telnetlib", "asyncio"}
+NETWORK_MODULES |= {"requests", "httpx", "aiohttp", "huggingface_hub", "datasets", "wandb", "xmlrpc"}
+PROGRAMS = {"subprocess", "pty", "multiprocessing"}
+LONG_LITERAL = 1500  # characters of a string or bytes that is no docstring
+LONG_LINE = 300
+
+
+def check_source(folder: Path, s: sub.Submission) -> list[Check]:
+    """Whether people can read the script: it runs what it shows, and nothing that arrives in another way."""
+    path = sub.script_path(folder)
+    try:
+        data = path.read_bytes()
+        source = data.decode()
+        tree = ast.parse(source)
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        return [Check("source", False, f"{path.name} is no Python source: {error!s:.200}")]
+    hidden, network = [], []
+    if sub.sha256(data) != s.code_sha256:
+        hidden.append(f"{path.name} is not the script that ran: its sha256 is not code_sha256")
+    for node in ast.walk(tree):
+        line = f"line {getattr(node, 'lineno', 0)}"
+        names = imported(node)
+        hidden += [f"{line} imports {name}" for name in names if name.split(".")[0] in HIDDEN_MODULES | PROGRAMS]
+        network += [f"{line} imports {name}" for name in names if name.split(".")[0] in NETWORK_MODULES]
+        hidden += [f"{line} {fault}" for fault in hiding(node)]
+    documented = docstrings(tree)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)) or id(node) in documented:
+            continue
+        if len(node.value) > LONG_LITERAL:
+            hidden.append(f"line {node.lineno} has a literal of {len(node.value)} characters: data go in the artifact")
+    long = [i for i, text in enumerate(source.splitlines(), 1) if len(text) > LONG_LINE]
+    hidden += [f"line {long[0]} has more than {LONG_LINE} characters"] if long else []
+    lines = source.count("\n")
+    return [
+        verdict("source", hidden[:6], f"{lines} lines that people can read, sha256 as it ran"),
+        verdict("no_network", network[:6], "the script imports nothing that speaks to a network"),
+    ]
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def hiding(node: ast.AST) -> Iterator[str]:
+    """How a node runs code that is not on the page."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in HIDING | {"__builtins__"}:
+        yield f"uses {node.id}"
+    if isinstance(node, ast.Attribute):
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        if node.attr in ("__builtins__", "__globals__", "__subclasses__", "__code__", "fromhex", "a85decode"):
+            yield f"uses .{node.attr}"
+        if owner == "torch" and node.attr == "load":
+            yield "uses torch.load, which unpickles: an artifact is data"
+        if owner == "os" and (node.attr in ("system", "popen", "fork") or node.attr.startswith(("exec", "spawn"))):
+            yield f"starts programs with os.{node.attr}"
+        if owner in ("np", "numpy") and node.attr == "load":
+            yield "uses numpy.load, which can unpickle"
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """Identities of the constants that are docstrings, or stand alone as one does."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def check_summary(folder: Path, s: sub.Submission, runs: Mapping[str, Any]) -> Check:
+    """Whether submission.json says what follows from the JSON of its runs."""
+    try:
+        made = sub.summarize(list(runs.values()), sub.script_path(folder).read_bytes(), s.about)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return Check("summary", False, f"no submission follows from the JSON of its runs: {error!r:.300}")
+    ours, theirs = dataclasses.asdict(made), dataclasses.asdict(s)
+    wrong = [key for key in ours if key != "benchmarks" and not same(ours[key], theirs[key])]
+    told = [f"{key} is {theirs[key]!r:.60}, its runs say {ours[key]!r:.60}" for key in wrong]
+    return verdict("summary", told[:6], f"means, bytes and settings follow from {len(runs)} runs")
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def check_logs(s: sub.Submission, logs: Mapping[str, sub.RunLog]) -> Check:
+    """Whether the log of every seed tells what the JSON tells, to the digits it prints."""
+    wrong = []
+    for seed, log in logs.items():
+        result = s.seed_results[seed]
+        if log.final is None:
+            wrong.append(f"the log of seed {seed} has no final score")
+            continue
+        name, loss, bpb = log.final
+        if abs(loss - result.val_loss) > 1e-8 or abs(bpb - result.val_bpb) > 1e-8:
+            wrong.append(f"seed {seed}: {name} says {loss} and {bpb}, the JSON {result.val_loss} and {result.val_bpb}")
+        told: dict[str, Any] = {"seed": seed, "code_sha256": s.code_sha256, "artifact_sha256": result.artifact_sha256}
+        told |= {"bytes_code": s.bytes_code, "bytes_artifact": result.bytes_artifact, "bytes_total": result.bytes_total}
+        told |= {"val_shards_sha256": s.val_shards_sha256, "val_text_sha256": s.val_text_sha256}
+        for key, value in told.items():
+            found = log.values.get(key, "nothing").rstrip(")")
+            if found != str(value):
+                wrong.append(f"seed {seed}: the log says {key} {found}, the JSON {value}")
+    return verdict("logs", wrong[:6], f"{len(logs)} logs agree with the JSON")
+
+
+def check_seeds(folder: Path, s: sub.Submission) -> Check:
+    _, tracks = sub.load_tracks()
+    least = tracks[s.track].min_seeds if s.track in tracks else 1
+    wrong = [] if len(s.seed_results) >= least else [f"{len(s.seed_results)} seeds, the track wants {least}"]
+    lying = {path.stem.removeprefix("train_seed") for path in folder.glob("train_seed*.*")}
+    wrong += [
+        f"there is a run of seed {seed} that submission.json leaves out"
+        for seed in sorted(lying - s.seed_results.keys())
+    ]
+    return verdict("seeds", wrong, f"{', '.join(s.seed_results)}: every run in the folder is counted")
+
+
+def check_bytes(folder: Path, s: sub.Submission) -> Check:
+    """Recounts the sizes from the files."""
+    _, tracks = sub.load_tracks()
+    cap = tracks[s.track].max_total_bytes if s.track in tracks else None
+    script, artifact = sub.script_path(folder), sub.artifact_path(folder)
+    wrong = []
+    if script.is_file() and script.stat().st_size != s.bytes_code:
+        wrong.append(f"{script.name} has {script.stat().st_size} bytes, not {s.bytes_code}")
+    for seed, result in s.seed_results.items():
+        if result.bytes_total != result.bytes_artifact + s.bytes_code:
+            wrong.append(
+                f"seed {seed}: {result.bytes_total} bytes in all, not {result.bytes_artifact} + {s.bytes_code}"
+            )
+        if cap and result.bytes_total > cap:
+            wrong.append(f"seed {seed}: {result.bytes_total} bytes in all, more than {cap}")
+    held = "no artifact is in the folder"
+    if artifact is not None:
+        size, digest = artifact.stat().st_size, sub.sha256(artifact.read_bytes())
+        owners = [seed for seed, r in s.seed_results.items() if (r.artifact_sha256, r.bytes_artifact) == (digest, size)]
+        held = f"{artifact.name} is that of seed {', '.join(owners)}"
+        if not owners:
+            wrong.append(f"{artifact.name} ({size} bytes, sha256 {digest[:12]}...) is of none of its seeds")
+    return verdict("bytes", wrong[:6], f"at most {s.bytes_total} of {cap or 'any number of'} bytes; {held}")
+
+
+def check_clock(s: sub.Submission, runs: Mapping[str, Any], logs: Mapping[str, sub.RunLog]) -> Check:
+    """Whether the ledger respects the track's limits, and the log the ledger."""
+    _, tracks = sub.load_tracks()
+    track = tracks.get(s.track)
+    wrong = []
+    for seed, result in s.seed_results.items():
+        ledger = result.ledger_seconds
+        for what, seconds, cap in (
+            ("training", result.train_seconds, track.max_train_seconds if track else None),
+            ("evaluation", result.eval_seconds, track.max_eval_seconds if track else None),
+        ):
+            if cap and seconds > cap:
+                wrong.append(f"seed {seed}: {seconds:.2f} s of {what}, more than {cap:g}")
+        times = [seconds for _, seconds, _ in logs[seed].train_curve + logs[seed].val_curve if not math.isnan(seconds)]
+        if times and max(times) > ledger.get("train", 0.0) + 0.5:
+            wrong.append(f"seed {seed}: the log trains for {max(times):.1f} s, the ledger for {ledger.get('train')}")
+        if min(ledger.values(), default=0.0) < 0:
+            wrong.append(f"seed {seed}: the ledger has a phase below 0 s")
+    longest = max((r.train_seconds for r in s.seed_results.values()), default=0.0)
+    return verdict("clock", wrong[:6], f"at most {longest:.1f} s of training, calibration included")
+
+
+def check_targets(s: sub.Submission) -> Check:
+    """Every token of the split but the first is a target, once."""
+    wrong = [
+        f"seed {seed}: {r.scored_tokens} targets and {r.scored_bytes} bytes scored"
+        for seed, r in s.seed_results.items()
+        if (r.scored_tokens, r.scored_bytes) != (s.val_tokens - 1, s.val_bytes)
+    ]
+    split = f"{s.val_tokens} tokens of {s.val_bytes} bytes"
+    return verdict("targets", [f"{text}, the split has {split}" for text in wrong[:6]], f"each of {split}, once")
+
+
+def check_implied_bytes(s: sub.Submission) -> Check:
+    """val_loss / ln 2 * targets / val_bpb are the bytes that the score was divided by."""
+    wrong = []
+    for seed, r in s.seed_results.items():
+        implied = r.val_loss / math.log(2) * r.scored_tokens / r.val_bpb if r.val_bpb > 0 else math.inf
+        if not math.isclose(implied, s.val_bytes, rel_tol=1e-6):
+            wrong.append(f"seed {seed}: val_loss and val_bpb imply {implied:.0f} bytes, the split has {s.val_bytes}")
+    known = sub.known_split(s.val_documents, s.val_text_sha256)
+    if known and not (s.val_documents == known.documents and near(s.val_bytes, known)):
+        wrong.append(f"{known.name} has {known.bytes} bytes in {known.documents} documents, not {s.val_bytes}")
+    return verdict("implied_bytes", wrong[:6], f"{s.val_bytes} bytes, {known.name if known else 'a text not listed'}")
+
+
+def near(n_bytes: float, split: sub.Split) -> bool:
+    return abs(n_bytes - split.bytes) <= split.tolerance * split.bytes
+
+
+def check_data(folder: Path, s: sub.Submission) -> Check:
+    """Whether validation shards that lie in the folder are those that were scored."""
+    data = sub.data_path(folder)
+    if not data.is_dir():
+        return Check("data", True, "the text is not in the folder: --rescore needs --data")
+    import numpy as np
+
+    def tokens(pattern: str) -> np.ndarray:  # behind the header of 256 int32
+        return np.concatenate(
+            [np.fromfile(p, "<u2", offset=1024) for p in sorted(data.glob(pattern))] or [np.zeros(0, "<u2")]
+        )
+
+    ids, sidecar = tokens("fineweb_val_[0-9]*.bin"), tokens("fineweb_val_bytes_*.bin")
+    tokenizer = data / "tokenizer.model"
+    facts = {
+        "val_tokens": (len(ids), s.val_tokens),
+        "val_shards_sha256": (sub.sha256(ids.tobytes()), s.val_shards_sha256),
+        "val_bytes": (int(sidecar[1:].sum(dtype=np.int64)) if len(sidecar) else s.val_bytes, s.val_bytes),
+        "tokenizer_sha256": (sub.sha256(tokenizer.read_bytes()) if tokenizer.is_file() else "none", s.tokenizer_sha256),
+    }
+    wrong = [f"{name} of data/ is {found}, not {told}" for name, (found, told) in facts.items() if found != told]
+    return verdict("data", wrong, "the shards and the tokenizer in data/ are those that were scored")
+
+
+def check_lineage(folder: Path, s: sub.Submission) -> Check:
+    """What the script changes in that of the record it builds on."""
+    if not s.base:
+        return Check("lineage", True, "it names no base")
+    base = folder.parents[1] / s.base
+    if not re.fullmatch(r"track_\w+/[^/]+", s.base) or not sub.script_path(base).is_file():
+        return Check("lineage", False, f"base {s.base!r} is no record: name it <track>/<folder>")
+    old, new = (read_text(sub.script_path(path)).splitlines() for path in (base, folder))
+    lines = [line[:1] for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("---", "+++")]
+    return Check("lineage", True, f"{lines.count('+')} lines more and {lines.count('-')} less than {s.base}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring the artifact again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rescore(
+    script: Path, artifact: Path, s: sub.Submission, claim: float, margin: float, args: argparse.Namespace
+) -> tuple[list[Check], judge.Scored | None]:
+    """Score an artifact with the record's script in a process of its own; `claim` is what val_bpb should come out."""
+    import judge
+    import numpy as np
+    from sandbox import Limits, isolation
+
+    data, tokenizer = args.data, args.tokenizer
+    rng = np.random.default_rng(args.seed)
+    limits = Limits(memory_bytes=int(args.memory * 2**30))
+    checks = [Check("isolation", True, isolation())]
+    violations: dict[str, str] = {}
+    scored = None
+    try:
+        with judge.Record(script, artifact, s.predictor_class, limits, args.timeout, violations) as record:
+            config = record.config
+            checks.append(Check("load", True, f"context {config.eval_seq_len}, windows by {config.eval_method}"))
+            split = judge.load_split(data, tokenizer, config.vocab_size, config.bos_id)
+            checks += [
+                check_identity(split.identity, s),
+                judge.recount(split, tokenizer, args.documents, config.bos_id),
+            ]
+            close = judge.CLOSE.get(str(s.settings.get("compute_dtype")), max(judge.CLOSE.values()))
+            if s.predictor_class == "A":
+                scored, done = judge.score_fixed(record, split, args.sample, rng)
+                if args.unseen:
+                    checks.append(check_unseen(record, scored, tokenizer, args, rng))
+            else:
+                scored, more = judge.score_adaptive(record, split, args.sample, rng, close)
+                checks += more
+        if s.predictor_class == "A":
+            with judge.Record(script, artifact, s.predictor_class, limits, args.timeout, violations) as record:
+                checks += judge.probe_fixed(record, done, config.document_masks, close)
+    except judge.RecordError as error:
+        checks.append(Check(error.check, False, str(error)))
+    except (ValueError, OSError) as error:
+        checks.append(Check("text", False, f"{error}"))
+    checks += [Check(name, False, f"the script tried {detail}") for name, detail in sorted(violations.items())]
+    if scored is not None:
+        checks.append(check_score(scored, claim, margin))
+    return checks, scored
+
+
+def claim_of(s: sub.Submission, artifact: Path) -> float:
+    """val_bpb of the run that wrote the artifact, else the mean."""
+    seed = seed_of(s, artifact)
+    return s.seed_results[seed].val_bpb if seed else s.val_bpb
+
+
+def seed_of(s: sub.Submission, artifact: Path) -> str:
+    digest = sub.sha256(artifact.read_bytes())
+    return next((seed for seed, result in s.seed_results.items() if result.artifact_sha256 == digest), "")
+
+
+def check_identity(found: Mapping[str, Any], s: sub.Submission) -> Check:
+    keys = ("val_text_sha256", "val_documents", "val_bytes", "val_accounting", "val_tokens", "val_shards_sha256")
+    wrong = [
+        f"{key} is {found[key]}, the record was scored on {getattr(s, key)}"
+        for key in keys
+        if found[key] != getattr(s, key)
+    ]
+    return verdict("text", wrong, "the text and its tokens are those of the record")
+
+
+def check_score(scored: judge.Scored, claim: float, margin: float) -> Check:
+    whole = len(scored.nats) == scored.n_units
+    wide = margin if whole else margin + 1.5 * scored.interval  # 3 deviations
+    part = f"{scored.targets} targets" if whole else f"partial:{len(scored.nats)}_of_{scored.n_units}_units"
+    spread = "" if whole else f" +- {scored.interval:.4f}"
+    reason = f"val_bpb {scored.bpb:.6f}{spread} ({part}), the record says {claim:.6f}; at most {wide:.4f} apart"
+    return Check("score", abs(scored.bpb - claim) <= wide, reason)
+
+
+def check_unseen(
+    record: judge.Record, seen: judge.Scored, tokenizer: Path, args: argparse.Namespace, rng: Any
+) -> Check:
+    """Whether the validation text is easier than another one of its source, as it is for who trained on it."""
+    import judge
+
+    split = judge.load_split(args.unseen, tokenizer, record.config.vocab_size, record.config.bos_id)
+    other, _ = judge.score_fixed(record, split, args.sample, rng)
+    gap, chance = other.bpb - seen.bpb, 1.5 * math.hypot(other.interval, seen.interval)
+    reason = (
+        f"{other.bpb:.4f} on {args.unseen.name}, {gap:+.4f} from the text that was scored; chance makes {chance:.4f}"
+    )
+    return Check("unseen", gap <= chance + UNSEEN_GAP, reason)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rerun(folder: Path, s: sub.Submission, args: argparse.Namespace) -> tuple[list[Check], judge.Scored | None]:
+    """Train from the script on a machine that has never seen the validation text, then score what it wrote."""
+    import judge
+    from sandbox import Limits, isolation
+
+    seed = args.run_seed or next(iter(s.seed_results))
+    with tempfile.TemporaryDirectory(prefix="rerun") as name:
+        out = Path(name, "out")
+        out.mkdir()
+        training = judge.Training(sub.script_path(folder), s.settings, seed, args.data, args.tokenizer)
+        hidden = isolation()
+        if hidden != "namespaces":
+            return [Check("isolation", False, f"the validation text cannot be hidden from the script ({hidden})")], None
+        try:
+            judge.train_again(training, out, Limits(memory_bytes=int(args.memory * 2**30)), args.timeout)
+        except judge.RecordError as error:
+            return [Check(error.check, False, str(error))], None
+        artifact = next(iter(sorted(out.glob("final_model.*.ptz"))), None)
+        if artifact is None:
+            return [Check("train", False, "it wrote no artifact")], None
+        size = artifact.stat().st_size + s.bytes_code
+        checks = [Check("train", True, f"seed {seed}, with the validation text hidden: {size} bytes in all")]
+        margin = max(RERUN_SCORE, 5 * (s.val_bpb_std or 0.0))
+        more, scored = rescore(sub.script_path(folder), artifact, s, s.val_bpb, margin, args)
+        return [*checks, *[c._replace(name="rerun") if c.name == "score" else c for c in more]], scored
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sign(folder: Path, s: sub.Submission, scored: judge.Scored, args: argparse.Namespace) -> None:
+    whole = len(scored.nats) == scored.n_units
+    review = sub.Review(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        reviewer=args.sign,
+        kind="reproduced" if args.rerun else "rescored",
+        code_sha256=s.code_sha256,
+        seed=args.run_seed,
+        val_bpb=scored.bpb,
+        val_bpb_interval=None if whole else scored.interval,
+        judge_version=s.judge_version,
+        hardware=f"{os.cpu_count()}x {platform.machine()}",
+    )
+    sub.add_review(folder, review)
+
+
+def verify(args: argparse.Namespace) -> list[Check]:
+    folder: Path = args.folder.resolve()
+    checks = static_checks(folder)
+    if not (args.rescore or args.rerun) or not all(c.ok for c in checks if c.name in ("files", "schema")):
+        return checks
+    s, artifact = sub.load_submission(folder), args.artifact or sub.artifact_path(folder)
+    args.data = args.data or sub.data_path(folder)
+    args.tokenizer = args.tokenizer or args.data / "tokenizer.model"
+    if args.rerun:
+        more, scored = rerun(folder, s, args)
+    elif artifact is None:
+        return [*checks, Check("artifact", False, "there is none in the folder: name it with --artifact")]
+    else:
+        args.run_seed = seed_of(s, artifact)
+        more, scored = rescore(sub.script_path(folder), artifact, s, claim_of(s, artifact), SAME_SCORE, args)
+    checks += more
+    if args.sign and scored is not None and all(c.ok for c in checks):
+        sign(folder, s, scored, args)
+    return checks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--rescore", action="store_true", help="score the artifact again")
+    how.add_argument("--rerun", action="store_true", help="train again, then score")
+    parser.add_argument("--data", type=Path, help="folder of shards with the text that was scored")
+    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model of --data")
+    parser.add_argument("--artifact", type=Path, help="default: the one in the folder")
+    parser.add_argument("--documents", type=Path, help="the text itself, .jsonl, to count its bytes")
+    parser.add_argument("--unseen", type=Path, help="shards of another text of the same source")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="documents to score (class B: the first N)")
+    parser.add_argument("--seed", type=int, help="of the sample and of the secret places; default: none can know")
+    parser.add_argument("--run-seed", default="", help="which seed --rerun trains; default: the first")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer, or for a training")
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space for the record's code")
+    parser.add_argument("--sign", default="", metavar="NAME", help="add what was found to reviews.json")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        print(f"error: {args.folder} is no folder", file=sys.stderr)
+        return 1
+    checks = verify(args)
+    good = all(check.ok for check in checks)
+    if args.json:
+        print(json.dumps({"ok": good, "checks": [check._asdict() for check in checks]}, indent=1))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.reason}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,698 @@
+"""tools/leaderboard.py: significance against independent truths, what ranks with what, and the page in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import leaderboard as lb
+import pytest
+import submission as sub
+from hypothesis import given
+from hypothesis import strategies as st
+
+MAIN, ONE_GPU, OPEN, SPEED = "track_10min_16mb", "track_1gpu_10min_16mb", "track_non_record_16mb", "track_speedrun"
+HOSTILE = (
+    "</script><script>alert(1)</script><!-- | [x](javascript:alert(1)) <img src=x onerror=alert(1)> {{nav}} `*_@you"
+)
+
+
+def result(val_bpb: float, seconds: float = 599.0) -> sub.SeedResult:
+    return sub.SeedResult(
+        val_loss=val_bpb * math.log(2) * 2.5,
+        val_bpb=val_bpb,
+        pre_quant_val_loss=(val_bpb - 0.001) * math.log(2) * 2.5,
+        pre_quant_val_bpb=val_bpb - 0.001,
+        steps=4000,
+        train_seconds=seconds,
+        eval_seconds=200.0,
+        bytes_artifact=15_800_000,
+        bytes_total=15_900_000,
+        artifact_sha256="a" * 64,
+        scored_tokens=40,
+        scored_bytes=100,
+        ledger_seconds={"train": seconds, "evaluate": 200.0},
+    )
+
+
+def log_text(val_bpb: float, seconds: float = 600.0) -> str:
+    """Validation loss at steps 0, 1000 ... 4000 and training loss at every 200th."""
+    lines = []
+    for step in range(0, 4001, 200):
+        loss = (val_bpb + 2.5 * math.exp(-step / 500)) * math.log(2) * 2.5
+        time = f"train_time:{seconds * step / 4.0:.0f}ms step_avg:1.00ms"
+        if step:
+            lines.append(f"step:{step}/4000 train_loss:{loss + 0.02 * math.sin(step):.4f} {time}")
+        if step % 1000 == 0:
+            lines.append(f"step:{step}/4000 val_loss:{loss:.4f} val_bpb:{loss / math.log(2) / 2.5:.4f} {time}")
+    return "\n".join(lines) + "\n"
+
+
+class Records:
+    """A folder of records to which a test adds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tracks = sub.load_tracks()[1]
+
+    def add(
+        self, name: str, day: str, bpbs: list[float], track: str = MAIN, seconds: tuple[float, ...] = (), **other: Any
+    ) -> Path:
+        times = seconds or (599.0,) * len(bpbs)
+        seeds = {str(i): result(*pair) for i, pair in enumerate(zip(bpbs, times, strict=True), 1)}
+        about: dict[str, Any] = {
+            "schema_version": 1,
+            "name": name,
+            "author": "Ada",
+            "github_id": "ada",
+            "date": day,
+            "track": track,
+            "rules_version": 1,
+            "predictor_class": "A",
+            "base": "",
+            "blurb": f"What {name} does differently.",
+            "licence": "MIT",
+            "hardware": "8x cuda:NVIDIA_H100_80GB_HBM3",
+            "python": "3.12",
+            "torch": "2.9",
+            "code_sha256": "c" * 64,
+            "bytes_code": 100_000,
+            "bytes_artifact": 15_800_000,
+            "bytes_total": 15_900_000,
+            "model_params": 35_000_000,
+            "val_loss": statistics.fmean(r.val_loss for r in seeds.values()),
+            "val_loss_std": statistics.stdev(r.val_loss for r in seeds.values()) if len(seeds) > 1 else None,
+            "val_bpb": statistics.fmean(bpbs),
+            "val_bpb_std": statistics.stdev(bpbs) if len(bpbs) > 1 else None,
+            "pre_quant_val_bpb": statistics.fmean(r.pre_quant_val_bpb for r in seeds.values()),
+            "train_seconds": statistics.fmean(times),
+            "judge_version": 2,
+            "val_accounting": "pieces",
+            "val_text_sha256": "d" * 64,
+            "val_shards_sha256": "e" * 64,
+            "val_tokens": 40_541_164,
+            "val_documents": 50_000,
+            "val_bytes": 151_080_363,
+            "tokenizer_sha256": "f" * 64,
+            "tokenizer_lossless": False,
+            "train_dataset": "fineweb10B_sp8192",
+            "train_tokens": 8_000_000_000,
+            "settings": {},
+            "seed_results": seeds,
+        }
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:30].strip("-")
+        folder = self.folder / track / f"{day}_{slug}"
+        folder.mkdir(parents=True)
+        sub.save_submission(folder, sub.Submission(**(about | other)))
+        for seed, seed_result in seeds.items():
+            sub.log_path(folder, seed).write_text(log_text(seed_result.val_bpb, seed_result.train_seconds))
+        return folder
+
+    def board(self) -> lb.Board:
+        return lb.read_board(self.folder, self.tracks)
+
+    def rows(self) -> dict[str, lb.Row]:
+        """All rows by the name of the record."""
+        return {row.entry.submission.name: row for table in self.board().tables for row in table.rows}
+
+
+def review(kind: Any, day: str = "2026-02-01", code: str = "c" * 64, **other: Any) -> sub.Review:
+    return sub.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **other)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
+    """Nothing in it has the evidence that tools/verify.py wants to see: what that says is up to the test."""
+    monkeypatch.setattr(lb, "failed_checks", lambda folder: ())
+    return Records(tmp_path / "records")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Significance
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def closed_form(t: float, df: int) -> float:
+    """P(T >= t) where elementary functions give it."""
+    return {
+        1: 0.5 - math.atan(t) / math.pi,
+        2: 0.5 - t / (2 * math.sqrt(2 + t * t)),
+        4: 0.5 - t * (t * t + 6) / (2 * (t * t + 4) ** 1.5),
+    }[df]
+
+
+@pytest.mark.parametrize("df", [1, 2, 4])
+@pytest.mark.parametrize("t", [-30.0, -2.5, -1.0, -1e-3, 0.0, 1e-200, 1e-8, 0.3, 1.0, 2.0, 3.747, 12.0, 40.0, 1e8])
+def test_tail_equals_its_closed_forms(t: float, df: int):
+    assert lb.student_tail(t, df) == pytest.approx(closed_form(t, df), rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("df", "p", "quantile"),
+    [
+        *((1, 0.01, 31.821), (2, 0.01, 6.965), (3, 0.05, 2.353), (4, 0.01, 3.747), (5, 0.025, 2.571)),
+        *((10, 0.01, 2.764), (20, 0.005, 2.845), (30, 0.01, 2.457), (60, 0.05, 1.671), (120, 0.01, 2.358)),
+    ],
+)
+def test_tail_at_tabulated_quantiles(df: int, p: float, quantile: float):
+    """Quantiles to three decimals from printed tables."""
+    assert lb.student_tail(quantile, df) == pytest.approx(p, abs=4e-4 * p / 0.01 + 1e-5)
+
+
+@pytest.mark.parametrize("df", [1.3, 2.7, 5.5, 17.2, 300.0])
+@pytest.mark.parametrize("t", [0.2, 1.5, 4.0])
+def test_tail_equals_the_integrated_density(df: float, t: float):
+    """Simpson's rule over u = atan(x / sqrt(df)), which makes the density a power of the cosine."""
+    low, high, n = math.atan(t / math.sqrt(df)), math.pi / 2, 20_000
+
+    def share(start: float) -> float:
+        h = (high - start) / n
+        inner = (max(math.cos(start + i * h), 0.0) ** (df - 1) * (4 if i % 2 else 2) for i in range(1, n))
+        return h / 3 * (math.cos(start) ** (df - 1) + sum(inner))
+
+    # near the end the power may be steep (df < 2): its error is that of the last step, bounded by h^df
+    assert lb.student_tail(t, df) == pytest.approx(0.5 * share(low) / share(0.0), rel=2e-5)
+
+
+def test_p_values_are_uniform_where_nothing_was_gained():
+    """Monte Carlo: of samples with one mean, a share of p shows p-values below p."""
+    rng = random.Random(0)
+    found = [
+        lb.welch([rng.gauss(0.002, 1e-3) for _ in range(4)], [rng.gauss(0, 1e-3) for _ in range(4)], 0.002)
+        for _ in range(4000)
+    ]
+    for p in (0.01, 0.05, 0.25, 0.5):
+        share = sum(x is not None and x < p for x in found) / len(found)
+        assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(found)))  # equal spreads: Welch is exact
+
+
+def test_welch_on_a_worked_example():
+    """Means 20.82 and 23.7 (variances 7.78..., 4.1...): the p-value by the formulas, step by step."""
+    old, new = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8]
+    a, b = statistics.variance(old) / 6, statistics.variance(new) / 7
+    df = (a + b) ** 2 / (a * a / 5 + b * b / 6)
+    t = (sum(new) / 7 - sum(old) / 6) / math.sqrt(a + b)
+    assert lb.welch(new, old) == pytest.approx(lb.student_tail(t, df), rel=1e-12)
+    # equal sizes and spreads: 2 n - 2 degrees of freedom, whose closed form is known for n = 3
+    assert lb.welch([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(closed_form(1 / math.sqrt(2 / 3), 4), rel=1e-12)
+
+
+def test_welch_without_spread_or_with_one_seed():
+    assert lb.welch([1.0, 1.0], [0.9, 0.9]) == 0.0
+    assert lb.welch([1.0, 1.0], [1.1, 1.1]) == 1.0
+    assert lb.welch([1.0, 1.0], [1.0, 1.0]) == 0.5
+    assert lb.welch([1.0], [0.9, 0.8, 0.7]) is None
+    assert lb.welch([1.0, 0.9], [0.8]) is None
+
+
+samples = st.lists(st.floats(0.1, 10.0), min_size=2, max_size=7)
+
+
+@given(old=samples, new=samples, gain=st.floats(0.0, 1.0), shift=st.floats(0.0, 3.0))
+def test_p_is_a_probability_symmetric_and_falls_with_the_difference(
+    old: list[float], new: list[float], gain: float, shift: float
+):
+    p = lb.welch(old, new, gain)
+    assert p is not None
+    assert 0.0 <= p <= 1.0
+    swapped = lb.welch(new, old, -gain)
+    assert swapped is not None
+    assert p + swapped == pytest.approx(1.0, abs=1e-9)
+    if len(set(old)) > 1 or len(set(new)) > 1:  # else a shift may round into a spread that was none
+        better = lb.welch(old, [x - shift for x in new], gain)
+        assert better is not None
+        assert better <= p + 1e-9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ranks with what
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_lowest_mean_ranks_first_and_gains_follow_the_calendar(records: Records):
+    """The bar is the best of the days before, not the row below."""
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996])
+    records.add("Leap", "2026-01-03", [1.1000, 1.1004, 1.0996])
+    records.add("Late", "2026-01-05", [1.1500, 1.1504, 1.1496])
+    records.add("Small", "2026-01-07", [1.0990, 1.0994, 1.0986])
+    rows = records.rows()
+    assert [(name, row.rank) for name, row in rows.items()] == [("Small", 1), ("Leap", 2), ("Late", 3), ("Start", 4)]
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "Start": "first",
+        "Leap": "yes",
+        "Late": "no: gain not over 0.002",
+        "Small": "no: gain not over 0.002",
+    }
+    assert rows["Start"].gain is None
+    assert rows["Leap"].gain == pytest.approx(0.1)
+    assert rows["Late"].gain == pytest.approx(-0.05)
+    assert rows["Small"].gain == pytest.approx(0.001)
+    assert rows["Leap"].p == lb.welch([1.2000, 1.2004, 1.1996], [1.1000, 1.1004, 1.0996], 0.002)
+
+
+def test_a_gain_inside_the_noise_is_no_new_record(records: Records):
+    records.add("Start", "2026-01-01", [1.20, 1.22, 1.18])
+    records.add("Noise", "2026-01-02", [1.18, 1.20, 1.17])
+    row = records.rows()["Noise"]
+    assert row.gain is not None
+    assert row.gain > 0.002
+    assert row.verdict == "no: p not under 0.01"
+    assert row.rank == 1
+
+
+def test_records_of_one_day_do_not_measure_each_other(records: Records):
+    records.add("One", "2026-01-01", [1.2000, 1.2004, 1.1996])
+    records.add("Other", "2026-01-01", [1.1000, 1.1004, 1.0996])
+    rows = records.rows()
+    assert rows["Other"].verdict == "first"
+    assert rows["One"].verdict == "no: not the best of the first day"
+    assert rows["One"].gain is rows["Other"].gain is None
+
+
+def test_too_few_seeds_neither_count_nor_set_the_bar(records: Records):
+    records.add("Lucky", "2026-01-01", [1.0])
+    records.add("Honest", "2026-01-02", [1.2000, 1.2004, 1.1996])
+    rows = records.rows()
+    assert rows["Lucky"].verdict == "no: needs 3 seeds"
+    assert rows["Honest"].verdict == "first"
+
+
+def test_one_seed_shows_no_spread(records: Records):
+    """Where a track asks for one seed only, the first may have one; a gain is shown by two on both sides."""
+    records.add("Start", "2026-01-01", [1.2], OPEN)
+    records.add("Next", "2026-01-02", [1.0, 1.0004], OPEN)
+    records.add("Third", "2026-01-03", [0.9, 0.9004], OPEN)
+    rows = records.rows()
+    assert rows["Start"].verdict == "first"
+    assert (rows["Next"].p, rows["Next"].verdict) == (None, "no: one seed shows no spread")
+    assert rows["Third"].verdict == "yes"
+    assert "n/a" in lb.full_markdown(records.board(), records.folder)
+
+
+def test_classes_and_texts_have_tables_of_their_own(records: Records):
+    seeds = [1.2000, 1.2004, 1.1996]
+    records.add("Fixed", "2026-01-01", seeds)
+    records.add("Adaptive", "2026-01-02", [1.1, 1.1004, 1.0996], predictor_class="B")
+    records.add("Other text", "2026-01-03", seeds, val_text_sha256="0" * 64)
+    records.add("Other bytes", "2026-01-04", seeds, val_bytes=155_769_746)
+    records.add("Source bytes", "2026-01-05", seeds, val_accounting="sidecar")
+    records.add("Same text", "2026-01-06", [1.1, 1.1004, 1.0996], val_tokens=1, tokenizer_sha256="0" * 64)
+    tables = [sorted(row.entry.submission.name for row in table.rows) for table in records.board().tables]
+    assert tables[0] == ["Fixed", "Same text"]
+    assert sorted(tables[1:]) == [["Adaptive"], ["Other bytes"], ["Other text"], ["Source bytes"]]
+    assert records.rows()["Adaptive"].verdict == "first"
+    assert records.rows()["Same text"].verdict == "yes"
+
+
+def test_a_known_text_is_the_same_for_tokenizers_that_normalise(records: Records):
+    """Their bytes differ a little; another export of the same number of documents is another text."""
+    seeds = [1.2000, 1.2004, 1.1996]
+    for name, n_bytes in (("sp1024", 151_080_363), ("sp8192", 151_078_222), ("Other export", 155_769_746)):
+        records.add(name, "2026-01-01", seeds, val_bytes=n_bytes, val_text_sha256="unknown")
+    tables = [{row.entry.submission.name for row in table.rows} for table in records.board().tables]
+    assert tables == [{"sp1024", "sp8192"}, {"Other export"}]
+
+
+def test_kinds_of_machines_are_apart_only_where_the_track_says_so(records: Records):
+    seeds = [1.2000, 1.2004, 1.1996]
+    for i, machine in enumerate(("1x cuda:NVIDIA_H100", "1x cuda:RTX_4090"), 1):
+        records.add(f"Single {i}", f"2026-01-0{i}", seeds, ONE_GPU, hardware=machine)
+        records.add(f"Open {i}", f"2026-01-0{i}", seeds, OPEN, hardware=machine)
+    tables = {(table.track_name, table.device): len(table.rows) for table in records.board().tables}
+    assert tables == {(ONE_GPU, "1x cuda:NVIDIA_H100"): 1, (ONE_GPU, "1x cuda:RTX_4090"): 1, (OPEN, ""): 2}
+
+
+def test_a_speedrun_ranks_by_time(records: Records):
+    records.add("Slow", "2026-01-01", [1.21, 1.22, 1.22], SPEED, seconds=(200.0, 201.0, 199.0))
+    records.add("Fast", "2026-01-02", [1.22, 1.22, 1.224], SPEED, seconds=(150.0, 151.0, 149.0))
+    rows = records.rows()
+    assert (rows["Fast"].rank, rows["Fast"].gain, rows["Fast"].verdict) == (1, pytest.approx(50.0), "yes")
+    assert "150.0 ± 1.0" in lb.full_markdown(records.board(), records.folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dispute_holds_until_it_is_settled(records: Records):
+    """The order of the entries decides, also within a day."""
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996])
+    bad = records.add("Bad", "2026-01-02", [1.0000, 1.0004, 0.9996])
+    records.add("Good", "2026-01-03", [1.1000, 1.1004, 1.0996])
+    assert records.rows()["Good"].verdict == "no: gain not over 0.002"
+
+    sub.add_review(bad, review("reproduced"))
+    sub.add_review(bad, review("disputed", note="scores tokens twice"))
+    rows = records.rows()
+    assert (rows["Bad"].entry.state, rows["Bad"].rank, rows["Bad"].verdict) == ("disputed", None, "no: disputed")
+    assert list(rows) == ["Good", "Start", "Bad"]
+    assert rows["Good"].verdict == "yes", "a disputed record sets no bar"
+    assert "scores tokens twice" in lb.full_markdown(records.board(), records.folder)
+
+    sub.add_review(bad, review("settled"))
+    assert records.rows()["Bad"].entry.state == "reproduced"
+    sub.add_review(bad, review("disputed"))
+    assert records.rows()["Bad"].entry.state == "disputed"
+
+
+def test_reviews_of_other_code_do_not_count(records: Records):
+    folder = records.add("Start", "2026-01-01", [1.2])
+    sub.add_review(folder, review("reproduced", code="0" * 64))
+    assert records.rows()["Start"].entry.state == "verified"
+    sub.add_review(folder, review("rescored", val_bpb=1.2))
+    assert records.rows()["Start"].entry.state == "re-scored"
+    sub.add_review(folder, review("reproduced"))
+    assert records.rows()["Start"].entry.state == "reproduced"
+
+
+def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
+    records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
+    records.add("Sound", "2026-01-02", [1.2000, 1.2004, 1.1996])
+    monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if "Large" in folder.name else ())
+    rows = records.rows()
+    assert (rows["Large"].entry.state, rows["Large"].rank, rows["Large"].verdict) == (
+        "claimed",
+        None,
+        "no: fails a check",
+    )
+    assert (rows["Sound"].entry.state, rows["Sound"].rank, rows["Sound"].verdict) == ("verified", 1, "first")
+    assert "size: 17 MB" in lb.full_markdown(records.board(), records.folder).replace("\\", "")
+
+
+def test_a_record_without_evidence_is_claimed(tmp_path: Path):
+    """By the checks of tools/verify.py themselves."""
+    records = Records(tmp_path / "records")
+    records.add("Bare", "2026-01-01", [1.0])
+    row = records.rows()["Bare"]
+    assert (row.entry.state, row.rank) == ("claimed", None)
+    assert any("README.md is missing" in failure for failure in row.entry.failures)
+
+
+def test_a_record_that_no_check_can_cope_with_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lb, "static_checks", lambda folder: [].pop())
+    assert "IndexError" in lb.failed_checks(tmp_path)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is at fault
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, **fields: Any) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda f: (f / "submission.json").unlink(), "submission.json is missing"),
+        (lambda f: (f / "submission.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "submission.json").write_bytes(b"\xff\xfe"), "not JSON"),
+        (lambda f: (f / "submission.json").write_text("[" * 100_000), "not JSON"),
+        (lambda f: (f / "reviews.json").write_text("{}"), "holds no list"),
+        (lambda f: rewritten(f, date="soon"), "date"),
+        (lambda f: rewritten(f, date="20260101"), "date"),
+        (lambda f: rewritten(f, track=OPEN), "track"),
+        (lambda f: rewritten(f, seed_results={}), "no seeds"),
+        (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result(1.0))}), "no seeds"),
+        (lambda f: rewritten(f, seed_results={"1": dataclasses.asdict(result(1e200))}), "impossible val_bpb"),
+        (lambda f: rewritten(f, val_loss=10**400), "not a finite number"),
+        (lambda f: f.rename(f.with_name("no date")), "YYYY-MM-DD"),
+        (lambda f: f.parent.rename(f.parent.with_name("track_unknown")), "no track"),
+    ],
+)
+def test_a_damaged_folder_is_listed_apart(records: Records, harm: Callable[[Path], Any], reason: str):
+    harm(records.add("Bad", "2026-01-01", [1.0, 1.0, 1.0]))
+    records.add("Good", "2026-01-02", [1.2, 1.2, 1.2])
+    board = records.board()
+    assert [row.entry.submission.name for table in board.tables for row in table.rows] == ["Good"]
+    [(_, why)] = board.unlisted
+    assert reason in why
+    assert "## Not listed" in lb.full_markdown(board, records.folder)
+    assert "Not listed" in lb.page(board, records.folder)
+
+
+def test_logs_that_cannot_be_drawn_are_left_out(records: Records):
+    folder = records.add("One", "2026-01-01", [1.2, 1.2])
+    sub.log_path(folder, "1").write_text("step:1/2 val_loss:1.2.3 train_time:1ms\n")
+    sub.log_path(folder, "2").write_text("step:1/2 val_loss:nan\nstep:2/2 val_loss:inf\nstep:2/2 train_loss:1.5\n")
+    [table] = records.board().tables
+    assert [run["train"] for record in lb.curves([table]) for run in record["runs"]] == [[(2, None, 1.5)]]
+
+
+def test_smoothing_keeps_ends_and_straight_lines():
+    line = [(step, float(step), 1 + step / 100) for step in range(1, 50)]
+    assert lb.thinned(line, smooth=2) == [(step, seconds, round(loss, 4)) for step, seconds, loss in line]
+    many = [(step, float(step), 1.0) for step in range(1, 100_000)]
+    assert len(lb.thinned(many)) <= lb.MAX_POINTS + 1
+    assert lb.thinned(many)[-1][0] == 99_999
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(records: Records, tmp_path: Path) -> Callable[..., int]:
+    records.folder.mkdir()
+    (tmp_path / "README.md").write_text(f"# Head\n\n{lb.BEGIN}\n{lb.END}\n\ntail\n")
+    paths = ["--records", str(records.folder), "--readme", str(tmp_path / "README.md")]
+    return lambda *more: lb.main([*paths, *more])
+
+
+def test_check_names_the_file_that_is_out_of_date(
+    records: Records, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996])
+    before = (tmp_path / "README.md").read_text()
+    assert command("--check") == 1
+    assert (tmp_path / "README.md").read_text() == before
+    assert not (records.folder / "README.md").exists()
+    assert command() == 0
+    assert command("--check") == 0
+    written = (tmp_path / "README.md").read_text()
+    assert written.startswith("# Head\n")
+    assert written.endswith("\n\ntail\n")
+    assert f"[Start](records/{MAIN}/2026-01-01_Start)" in written
+    assert f"[Start]({MAIN}/2026-01-01_Start)" in (records.folder / "README.md").read_text()
+
+    (tmp_path / "README.md").write_text(written.replace("Start", "Stop"))
+    capsys.readouterr()
+    assert command("--check") == 1
+    assert capsys.readouterr().err.startswith(str(tmp_path / "README.md"))
+
+    page = tmp_path / "page.html"
+    assert command("--html", str(page), "--check") == 1
+    assert command("--html", str(page)) == 0
+    assert command("--html", str(page), "--check") == 0
+
+
+def test_no_record_at_all(command: Callable[..., int], tmp_path: Path):
+    assert command() == 0
+    assert "No record yet." in (tmp_path / "README.md").read_text()
+    assert command("--html", str(tmp_path / "page.html")) == 0
+
+
+@pytest.mark.parametrize("text", ["", lb.BEGIN, f"{lb.END}\n{lb.BEGIN}", f"{lb.BEGIN}\n{lb.BEGIN}\n{lb.END}"])
+def test_missing_markers_are_named(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+):
+    (tmp_path / "README.md").write_text(text)
+    assert command() == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "README.md") in error
+    assert lb.BEGIN in error
+    assert lb.END in error
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_same_records_give_the_same_bytes(records: Records, tmp_path: Path):
+    """Wherever they lie and in whatever order their folders were made."""
+    for i in range(4):
+        records.add(f"R{i}", f"2026-01-0{i % 2 + 1}", [1.2 + i / 100, 1.2004 + i / 100, 1.1996 + i / 100])
+    copy = Records(tmp_path / "elsewhere" / "records")
+    for folder in sorted((records.folder / MAIN).iterdir(), reverse=True):
+        shutil.copytree(folder, copy.folder / MAIN / folder.name)
+    for write in (lb.full_markdown, lb.short_markdown, lb.page):
+        assert write(records.board(), records.folder) == write(copy.board(), copy.folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hostile text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_names_stay_text_in_markdown(records: Records):
+    records.add(HOSTILE, "2026-01-01", [1.2, 1.2], OPEN, author=f"a\n\n# b | c {lb.END} \u202e https://x.y \ud800")
+    text = lb.full_markdown(records.board(), records.folder)
+    assert len([line for line in text.splitlines() if line.startswith("#")]) == 2
+    [row] = [line for line in text.splitlines() if "2026-01-01" in line]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 14 + 1, "as many cells as columns"
+    assert "<" not in text.replace("p < 0.01", "")
+    assert lb.END not in text
+    assert re.findall(r"(?<!\\)\]\(([^)]*)", text) == [f"{OPEN}/2026-01-01_script-script-alert-1-script"]
+    assert not re.search(r"(?<!\\)[`*_@]", re.sub(r"\]\(track[^)]*", "", row))
+    text.encode()
+
+
+def test_hostile_names_stay_text_in_the_page(records: Records):
+    names = {"author": HOSTILE, "blurb": HOSTILE, "github_id": '" onmouseover="alert(1)', "hardware": HOSTILE}
+    folder = records.add(HOSTILE, "2026-01-01", [1.2, 1.2], OPEN, **names)
+    sub.add_review(folder, review("disputed", note=HOSTILE))
+    text = lb.page(records.board(), records.folder)
+    template = lb.TEMPLATE.read_text()
+    assert len(re.findall(r"<(?:script|/script|img|!--)", text)) == len(
+        re.findall(r"<(?:script|/script|img|!--)", template)
+    )
+    assert not re.search(r'(?<!&quot;)" onmouseover', text)
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text)[0])
+    assert data[OPEN][0]["name"] == lb.clean(HOSTILE, 80)
+
+
+@given(st.text(max_size=60))
+def test_markdown_escapes_any_text(text: str):
+    """Outside of backslash pairs and entities nothing is left that Markdown or HTML would act on."""
+    shown = lb.escape_markdown(text)
+    rest = re.sub(r"\\[\\`*_{}\[\]#|!~@:$=^.]|&(?:lt|gt|amp);", "", shown)
+    assert not re.search(r"[\\`*_{}\[\]#|!~@$=^<>&\n\r]|:(?=[^\s\\])", rest)
+    shown.encode()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page in a browser
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium to test the page")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000", *quiet):
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def opened(browser: Any, records: Records, tmp_path: Path) -> None:
+    """The page of the records, from the disk."""
+    path = tmp_path / "page.html"
+    path.write_text(lb.page(records.board(), tmp_path), encoding="utf-8")
+    browser.get(path.as_uri())
+
+
+def requests(browser: Any) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in sent if not url.startswith(("data:", "chrome:"))]  # the latter: its own first page
+
+
+def column(browser: Any, title: str) -> list[str]:
+    return [cell.text for cell in browser.find_elements("css selector", f'tbody td[data-label="{title}"]')]
+
+
+def test_page_loads_sorts_and_asks_for_nothing(records: Records, browser: Any, tmp_path: Path):
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996], OPEN)
+    records.add("Single", "2026-01-02", [1.1], OPEN)
+    records.add(HOSTILE, "2026-01-03", [1.1500, 1.1504, 1.1496], OPEN, blurb=HOSTILE, author=HOSTILE)
+    opened(browser, records, tmp_path)
+    names = [cell.split("\n")[0] for cell in column(browser, "record")]
+    assert names == ["Single", lb.clean(HOSTILE, 80), "Start"], "markup in a name is shown as text"
+    assert len(browser.find_elements("css selector", "script, img")) == 2
+    for title, up in (("date", ["2026-01-01", "2026-01-02", "2026-01-03"]), ("seeds", ["1", "3", "3"])):
+        button = browser.find_element("xpath", f'//th/button[text()="{title}"]')
+        button.click()
+        assert column(browser, title) == up
+        assert button.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
+        button.click()
+        assert column(browser, title) == up[::-1]
+    browser.find_element("xpath", '//th/button[text()="gain"]').click()
+    assert column(browser, "gain")[-1] == "", "what has no value stays last"
+    browser.find_element("xpath", '//th/button[text()="gain"]').click()
+    assert column(browser, "gain")[-1] == ""
+    assert [url for url in requests(browser) if not url.endswith("/page.html")] == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def tip(browser: Any) -> list[list[str]]:
+    """The rows of the box beside the crosshair, without its head."""
+    rows = browser.find_elements("css selector", ".tip tr")[1:]
+    return [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
+
+
+def point_at(browser: Any, share: float) -> None:
+    """Move the pointer to a share of the horizontal axis."""
+    actions = pytest.importorskip("selenium.webdriver").ActionChains(browser)
+    plot = browser.find_element("css selector", ".plot svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
+    width = plot.rect["width"]
+    x = 50 + share * (width - 60)  # the axis begins 50 right of the figure's edge and ends 10 before the other
+    actions.move_to_element_with_offset(plot, round(x - width / 2), 0).perform()
+
+
+def test_crosshair_shows_the_values_of_the_log(records: Records, browser: Any, tmp_path: Path):
+    records.add("Start", "2026-01-01", [1.2, 1.3], OPEN, seconds=(400.0, 400.0))
+    records.add("Next", "2026-01-02", [1.1], OPEN, seconds=(200.0,))
+    opened(browser, records, tmp_path)
+    figure = browser.find_element("css selector", "figure")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'start', behavior: 'instant'})", figure)
+    browser.find_element("xpath", '//figure//span[text()="validation"]').click()
+
+    def loss(bpb: float, step: int) -> str:
+        return f"{round((bpb + 2.5 * math.exp(-step / 500)) * math.log(2) * 2.5, 4) / math.log(2) / 2.5:.4f}"
+
+    point_at(browser, 0.51)
+    assert sorted(tip(browser)) == [
+        ["Next", "1", "2,000", "100", "val", loss(1.1, 2000)],
+        ["Start", "1", "2,000", "200", "val", loss(1.2, 2000)],
+        ["Start", "2", "2,000", "200", "val", loss(1.3, 2000)],
+    ]
+    browser.find_element("xpath", '//figure//span[text()="seconds"]').click()
+    point_at(browser, 0.5)  # 200 of 400 s: the fast run has ended there
+    assert sorted(row[:4] for row in tip(browser)) == [
+        ["Next", "1", "4,000", "200"],
+        ["Start", "1", "2,000", "200"],
+        ["Start", "2", "2,000", "200"],
+    ]
+    browser.find_element("xpath", '//figure//button[text()="Start"]').click()
+    point_at(browser, 0.5)
+    assert [row[:3] for row in tip(browser)] == [["Next", "1", "2,000"]], "the axis fits the runs that are shown"
+
+    plot = browser.find_element("css selector", ".plot svg")
+    plot.send_keys(pytest.importorskip("selenium.webdriver").Keys.END)
+    assert [row[:3] for row in tip(browser)] == [["Next", "1", "4,000"]]
+    live = browser.find_element("css selector", "[aria-live]").get_attribute("textContent")
+    assert live == f"Next, seed 1, step 4000: validation {loss(1.1, 4000)}"
+    assert browser.get_log("browser") == []
+
+
+def test_page_fits_a_phone(records: Records, browser: Any, tmp_path: Path):
+    records.add("Start", "2026-01-01", [1.2, 1.3], OPEN, author="A" * 60, hardware="8x cuda:" + "H" * 80)
+    metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    opened(browser, records, tmp_path)
+    started = time.monotonic()
+    while not browser.find_elements("css selector", "path.run") and time.monotonic() - started < 10:
+        time.sleep(0.05)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390

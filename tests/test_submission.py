@@ -315,3 +315,11 @@ def test_reviews_are_kept_in_order(tmp_path):
     (tmp_path / "reviews.json").write_text('[{"kind": "praised"}]')
     with pytest.raises(ValueError, match="praised"):
         sub.load_reviews(tmp_path)
+
+
+def test_an_objection_can_be_made_and_settled(tmp_path):
+    run_json(tmp_path / "logs", 1)
+    folder = new(tmp_path)[1]
+    for kind in ("disputed", "settled"):
+        assert sub.main(["review", str(folder), "--kind", kind, "--reviewer", "b", "--note", "why"]) == 0
+    assert [r.kind for r in sub.load_reviews(folder)] == ["disputed", "settled"]

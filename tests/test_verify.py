@@ -408,6 +408,8 @@ def test_code_in_a_blob_is_refused(honest, tmp_path):
         "os.execv('/bin/true', [])\n",
         "np.load('x', allow_pickle=True)\n",
         "import subprocess\n",
+        "import my_weights\n",
+        "from . import helper\n",
         "x = " + repr("a" * 1600) + "\n",
         "x = " + "+".join(["1"] * 300) + "\n",
         "bytes.fromhex('00')\n",

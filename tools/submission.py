@@ -3,6 +3,7 @@
     python tools/submission.py new --track track_non_record_16mb --name MyIdea --author "Ada" --github-id ada \\
         --blurb "What is new, in one sentence."
     python tools/submission.py import FOLDER     what a folder in the style of the published challenge holds and lacks
+    python tools/submission.py review FOLDER --kind disputed --reviewer NAME --note "Why."
     python tools/submission.py schema            the JSON Schema of submission.json (tools/submission.schema.json)
 
 `new` takes the last run of logs/ and every other run there with the same script and the same settings: all seeds that
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -181,8 +183,13 @@ class Track:
 
 def load_tracks() -> tuple[int, dict[str, Track]]:
     """The version of the rules, and the tracks by name."""
-    rules = json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
+    rules = load_rules()
     return rules["rules_version"], {name: from_json(Track, track, name) for name, track in rules["tracks"].items()}
+
+
+def load_rules() -> Any:
+    """records/tracks.json: the tracks, and the `packages` that a script may import and that count no bytes."""
+    return json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -729,6 +736,13 @@ def show_import(args: argparse.Namespace) -> int:
     return 0
 
 
+def review(args: argparse.Namespace) -> int:
+    code = load_submission(Path(args.folder)).code_sha256
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    add_review(Path(args.folder), Review(today, args.reviewer, args.kind, code, note=args.note))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -751,6 +765,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     read = commands.add_parser("import", help="what a published-style folder holds and lacks")
     read.add_argument("folder")
     read.set_defaults(run=show_import)
+    say = commands.add_parser("review", help="object to a record, or settle the objections")
+    say.add_argument("folder")
+    say.add_argument("--kind", choices=("disputed", "settled"), required=True)
+    say.add_argument("--reviewer", required=True)
+    say.add_argument("--note", required=True, help="why")
+    say.set_defaults(run=review)
     schema = commands.add_parser("schema", help="the JSON Schema of submission.json")
     schema.set_defaults(run=lambda args: print(schema_text(), end="") or 0)
     args = parser.parse_args(argv)

@@ -146,14 +146,16 @@ def check_source(folder: Path, s: sub.Submission) -> list[Check]:
         tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
         return [Check("source", False, f"{path.name} is no Python source: {error!s:.200}")]
-    hidden, network = [], []
+    hidden, network, packages = [], [], sub.load_rules()["packages"]
     if sub.sha256(data) != s.code_sha256:
         hidden.append(f"{path.name} is not the script that ran: its sha256 is not code_sha256")
     for node in ast.walk(tree):
         line = f"line {getattr(node, 'lineno', 0)}"
-        names = imported(node)
-        hidden += [f"{line} imports {name}" for name in names if name.split(".")[0] in HIDDEN_MODULES | PROGRAMS]
-        network += [f"{line} imports {name}" for name in names if name.split(".")[0] in NETWORK_MODULES]
+        for name in imported(node):
+            if name in NETWORK_MODULES:
+                network.append(f"{line} imports {name}")
+            elif name in HIDDEN_MODULES | PROGRAMS or name not in {*packages, *sys.stdlib_module_names}:
+                hidden.append(f"{line} imports {name}")
         hidden += [f"{line} {fault}" for fault in hiding(node)]
     documented = docstrings(tree)
     for node in ast.walk(tree):
@@ -171,9 +173,10 @@ def check_source(folder: Path, s: sub.Submission) -> list[Check]:
 
 
 def imported(node: ast.AST) -> list[str]:
+    """Top-level modules that a node imports."""
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [(node.module or "a relative name").split(".")[0]] if isinstance(node, ast.ImportFrom) else []
 
 
 def hiding(node: ast.AST) -> Iterator[str]:

@@ -61,9 +61,7 @@ Log = Callable[[str], None]
 Moments = dict[str, tuple[Tensor, Tensor]]  # by weight (R, C), of inputs (C, C) and of gradients by outputs (R,)
 Coded = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # exponents (R,), codes (R, C), quantizers (R, C)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Configuration
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 1. Configuration --------------------------------------------------------------------------------------------------
 
 PRESETS = {
     # The recipe of this project, for 8 GPUs: the defaults below.
@@ -301,9 +299,7 @@ def one_edit_apart(a: str, b: str) -> bool:
     return max(len(a), len(b)) == 1 or (len(a) == len(b) == 2 and a == b[::-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Model
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 2. Model ----------------------------------------------------------------------------------------------------------
 # Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
 
 NORM_EPS = 2.0**-23  # of float32; left to torch, its versions and dtypes differ
@@ -588,9 +584,7 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
     return model.loss, model.forward
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Optimizer
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 3. Optimizer ------------------------------------------------------------------------------------------------------
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # one polynomial for every iteration (kellerjordan.github.io/posts/muon)
@@ -673,9 +667,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torc
     return [Muon(members["matrices"], hp, world), adam]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Data
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 4. Data -----------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the .bin format of llm.c; data/shards.py writes it
 
@@ -811,9 +803,7 @@ class Loader:
         return pairs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation: bits per byte
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 5. Evaluation: bits per byte --------------------------------------------------------------------------------------
 
 JUDGE_VERSION = 2  # changes whenever a function of this section could give another score
 EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (float32: 128 MiB); fixed, so that scores repeat
@@ -1007,9 +997,7 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
     return Score(float(sums[0]), int(sums[1]), int(sums[2]), split.identity["partial"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Artifact
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 6. Artifact -------------------------------------------------------------------------------------------------------
 # File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), JSON header, zlib stream, words.
 # Header: format, codec, config, tensors as [name, kind, shape], payload_bytes; of trellis_ans also states and step.
 # The zlib stream holds the tensors one after another, and for trellis_ans at its end the frequencies of the codes:
@@ -1374,9 +1362,7 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Training
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 7. Training -------------------------------------------------------------------------------------------------------
 
 
 class Ledger:
@@ -1612,9 +1598,7 @@ def calibrate(run: Trainer, step: int, ledger: Ledger) -> Moments:
     return moments
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Main
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 8. Main -----------------------------------------------------------------------------------------------------------
 
 
 def start_world() -> World:

@@ -69,7 +69,7 @@ def test_script_is_ascii():
 
 
 def test_sections_are_those_of_the_contract_in_order():
-    assert re.findall(r"^# (\d+\. .+)$", SOURCE, re.MULTILINE) == SECTIONS
+    assert re.findall(r"^# -- (\d+\. .+?) -+$", SOURCE, re.MULTILINE) == SECTIONS
 
 
 def test_no_pickle_and_no_eval_in_the_script():

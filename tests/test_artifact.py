@@ -59,7 +59,7 @@ def refused(tmp_path_factory) -> Callable[[bytes], str]:
 def take_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
     """-> header, payload"""
     length = PREFIX.unpack_from(data)[2]
-    return json.loads(data[16 : 16 + length]), zlib.decompress(data[16 + length :])
+    return json.loads(zlib.decompress(data[16 : 16 + length])), zlib.decompress(data[16 + length :])
 
 
 def entry(header: dict[str, Any], tensor: str) -> list[Any]:
@@ -285,6 +285,32 @@ def test_decompression_bomb_is_not_inflated(packed, refused):
         assert peak < 2**20
 
 
+def test_header_that_inflates_without_end_is_not_inflated(refused):
+    """64 KiB of header that stand for 64 MiB of blanks: no more than the limit of headers is looked at."""
+    text = zlib.compress(b" " * 2**26, 9)
+    assert len(text) < 2**17
+    hostile = put_together(text, b"")
+    tracemalloc.start()
+    assert "header that describes no model" in refused(hostile)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * tg.MAX_HEADER_BYTES
+
+
+def test_header_is_read_raw_or_compressed(packed, refused, tmp_path):
+    """Older formats had it raw: what is refused is their number."""
+    header, payload = take_apart(packed)
+    text, outputs = json.dumps(header).encode(), []
+    for file in (packed, put_together(text, payload), put_together(zlib.compress(text), payload)):
+        (tmp_path / "a.ptz").write_bytes(file)
+        outputs.append(tg.load_artifact(tmp_path / "a.ptz")(IDS))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert "its format (3, 'int8_zlib')" in refused(put_together({**header, "format": 3}, payload))
+    for form in (zlib.compress(text)[:-9], b"\x78\xda" + text, zlib.compress(zlib.compress(text))):
+        assert "header that describes no model" in refused(put_together(form, payload))
+
+
 def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(packed, refused, small_config):
     """A true table of 2**34 parameters around a payload of nothing."""
     config = dataclasses.replace(small_config, model_dim=16_384, num_layers=4, mlp_mult=64)
@@ -303,7 +329,10 @@ def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(packed, 
     assert peak < 2**21
 
 
-@pytest.mark.parametrize("value", [b"\x00\x7e", b"\x00\x7c", b"\x00\xfc"], ids=["nan", "inf", "-inf"])
+@pytest.mark.filterwarnings("error")  # no noise of numpy either
+@pytest.mark.parametrize(
+    "value", [b"\x00\x7e", b"\x01\x7d", b"\x00\x7c", b"\x00\xfc"], ids=["nan", "snan", "inf", "-inf"]
+)
 def test_scale_that_is_not_finite_is_refused(packed, refused, value):
     """NaN weights score NaN, which compares false with every record."""
     header, payload = take_apart(packed)

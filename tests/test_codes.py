@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -68,6 +69,7 @@ def steps(n_rows: int, step: float) -> torch.Tensor:
     return torch.full((n_rows, 1), step)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_factor_gives_the_error_column_by_column(n, seed):
     moments = random_moments(n, seed)
@@ -84,7 +86,7 @@ def test_one_state_is_plain_gptq(n):
     """But for codes on the edge between two steps, of which float32 sees some otherwise than float64."""
     w = torch.randn(30, n, generator=torch.Generator().manual_seed(n))
     moments = random_moments(n, n)
-    codes, quantizer = tg.quantize_codes(w, moments, steps(30, 0.4), 1, rate=0.0)
+    codes, quantizer = tg.quantize_codes(w, tg.factorize(moments), steps(30, 0.4), 1, rate=0.0)
     expected = gptq(w.double().numpy(), damped(moments).numpy(), 0.4)
     rows_alike = (codes.numpy() == expected).all(axis=1)
     assert rows_alike.mean() > 0.9  # one code otherwise changes all behind it in its row
@@ -93,18 +95,18 @@ def test_one_state_is_plain_gptq(n):
 
 def test_diagonal_moments_make_rounding_to_nearest():
     w = torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
-    codes, _ = tg.quantize_codes(w, torch.linspace(0.1, 2, 100).diag(), steps(20, 0.3), 1, rate=0.0)
+    codes, _ = tg.quantize_codes(w, tg.factorize(torch.linspace(0.1, 2, 100).diag()), steps(20, 0.3), 1, rate=0.0)
     assert torch.equal(codes, (w / 0.3).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_beats_rounding_and_the_trellis_beats_gptq(seed):
-    """On every row of the sum over many; a single row may do worse, since the search is greedy in the feedback."""
+    """In the sum over many rows: a single one may do worse, since the search is greedy in the feedback."""
     w, moments = torch.randn(60, 128, generator=torch.Generator().manual_seed(seed)), random_moments(128, seed)
     rounded = (w / 0.4).round().to(torch.int8)
     errors = [weighted_error(w, rounded, moments, 0.4, 1).sum()]
     for states in STATES:
-        codes, _ = tg.quantize_codes(w, moments, steps(60, 0.4), states, rate=0.0)
+        codes, _ = tg.quantize_codes(w, tg.factorize(moments), steps(60, 0.4), states, rate=0.0)
         errors.append(weighted_error(w, codes, moments, 0.4, states).sum())
     assert errors[1] < 0.5 * errors[0]
     assert errors[2] < 0.8 * errors[1]
@@ -120,7 +122,7 @@ def test_gptq_beats_rounding_and_the_trellis_beats_gptq(seed):
 def test_search_is_optimal_without_feedback(w, weights, states):
     """Of all paths of codes from -3 to 3, for a step of 0.5, the one found costs least."""
     moments = torch.from_numpy(weights).diag()
-    codes, _ = tg.quantize_codes(torch.from_numpy(w), moments, steps(3, 0.5), states, rate=0.0)
+    codes, _ = tg.quantize_codes(torch.from_numpy(w), tg.factorize(moments), steps(3, 0.5), states, rate=0.0)
     cost = damped(moments).diagonal().numpy()
     paths = np.array(list(itertools.product(range(-3, 4), repeat=4)))
     values = np.stack([values_along(path, 0.5, states) for path in paths])
@@ -135,7 +137,7 @@ def test_rate_buys_bits_for_error_at_a_fair_price(states):
     w, moments = torch.randn(200, 128, generator=torch.Generator().manual_seed(1)), random_moments(128, 1)
     entropy, error = [], []
     for rate in (0.0, 1.0):
-        codes, _ = tg.quantize_codes(w, moments, steps(200, 0.5), states, rate)
+        codes, _ = tg.quantize_codes(w, tg.factorize(moments), steps(200, 0.5), states, rate)
         p = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
         entropy.append(float(-(p * np.log2(p)).sum()))
         error.append(weighted_error(w, codes, moments, 0.5, states).sum())
@@ -146,7 +148,7 @@ def test_rate_buys_bits_for_error_at_a_fair_price(states):
 @pytest.mark.parametrize("states", STATES)
 def test_quantizers_are_those_that_the_path_goes_through(states):
     w = torch.randn(10, 150, generator=torch.Generator().manual_seed(2))
-    codes, quantizer = tg.quantize_codes(w, random_moments(150, 2), steps(10, 0.3), states)
+    codes, quantizer = tg.quantize_codes(w, tg.factorize(random_moments(150, 2)), steps(10, 0.3), states)
     values = tg.dequantize(codes, quantizer, steps(10, 0.3)).numpy()
     np.testing.assert_allclose(values, np.stack([values_along(row, 0.3, states) for row in codes.numpy()]), rtol=1e-6)
     assert (np.abs(values - w.numpy()) < 1).all()
@@ -154,7 +156,7 @@ def test_quantizers_are_those_that_the_path_goes_through(states):
 
 @pytest.mark.parametrize("w", [torch.zeros(2, 20), torch.full((2, 20), 1e4), torch.tensor([[1e-20] * 20, [-1e4] * 20])])
 def test_weights_far_from_the_grid_are_clipped_to_it(w):
-    codes, _ = tg.quantize_codes(w, torch.eye(20), steps(2, 0.1), 8)
+    codes, _ = tg.quantize_codes(w, tg.factorize(torch.eye(20)), steps(2, 0.1), 8)
     assert int(codes.abs().max()) <= tg.MAX_CODE
     assert bool((codes.sign() * w.sign() >= 0).all())
 
@@ -304,53 +306,78 @@ def packed(run, moments) -> bytes:
     return tg.fit_artifact(run.model, moments, run.hp, lambda line: None)
 
 
-def test_file_is_as_large_as_allowed(run, moments):
+def test_file_is_as_large_as_allowed(run, moments, packed):
     """Below the limit by half a percent at most; a limit above MAX_WEIGHT_BITS is not used up."""
     n = sum(layer.weight.numel() for layer in tg.coded_layers(run.model).values())
     code = Path(tg.__file__).stat().st_size
     limit = int(0.7 * n)
     hp = dataclasses.replace(run.hp, max_total_bytes=code + limit, max_weight_bits=8.0)
     assert 0.995 * limit < len(tg.fit_artifact(run.model, moments, hp, lambda line: None)) <= limit
-    hp = dataclasses.replace(run.hp, max_weight_bits=6.0)
-    assert 0.995 * 6 * n / 8 < len(tg.fit_artifact(run.model, moments, hp, lambda line: None)) <= 6 * n / 8
+    assert 0.995 * 5 * n / 8 < len(packed) <= 5 * n / 8
 
 
-def test_more_bytes_bring_the_outputs_closer(run, moments, tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ((2.0, 1.2, 0.996), 2),  # as intended: it stops there
+        ((2.0, 1.2, 0.9, 0.98, 1.1), 3),
+        ((2.0, 0.999, 0.97, 1.1, 0.9), 2),  # the wanted trellis before more bytes
+        ((0.9, 0.95, 1.2, 1.1, 1.01), 1),
+        ((1.3, 1.2, 1.1, 1.05, 1.4), 3),  # none fits: the least too large
+    ],
+    ids=str,
+)
+def test_best_of_the_files_tried_is_kept(run, moments, monkeypatch, sizes, kept):
+    """Whatever came last: the run must not end over the limit with a file that fits at hand."""
+    n = sum(layer.weight.numel() for layer in tg.coded_layers(run.model).values())
+    tried = iter([bytes([i]) * int(size * 5 * n // 8) for i, size in enumerate(sizes)])
+    monkeypatch.setattr(tg, "pack_artifact", lambda *args: next(tried))
+    monkeypatch.setattr(tg, "quantize_codes", lambda w, *args: (w.to(torch.int8), w.to(torch.uint8)))
+    packed = tg.fit_artifact(run.model, moments, run.hp, lambda line: None)
+    assert packed[0] == kept
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["inputs", "gradients"])
+def test_moments_that_are_not_finite_are_refused_by_name(run, moments, part):
+    name = "blocks.2.mlp.fc.weight"
+    pair = [x.clone() for x in moments[name]]
+    pair[part].view(-1)[3] = math.nan if part else math.inf
+    with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc\.weight.*lower the learning rates"):
+        tg.fit_artifact(run.model, {**moments, name: tuple(pair)}, run.hp, lambda line: None)
+
+
+def test_more_bytes_bring_the_outputs_closer(run, moments, packed, tmp_path):
+    """Of one state, and as much as half a bit of a trellis of eight."""
     ids, errors = torch.arange(48).view(3, 16) * 5 % 320, []
-    for bits in (4.5, 5.5, 7.0):
-        hp = dataclasses.replace(run.hp, max_weight_bits=bits, trellis_states=4)
-        (tmp_path / "a.ptz").write_bytes(tg.fit_artifact(run.model, moments, hp, lambda line: None))
+    hps = [dataclasses.replace(run.hp, max_weight_bits=bits, trellis_states=1) for bits in (4.5, 5.5, 7.0)]
+    files = [tg.fit_artifact(run.model, moments, hp, lambda line: None) for hp in hps]
+    for file in (*files, packed):
+        (tmp_path / "a.ptz").write_bytes(file)
         loaded = tg.load_artifact(tmp_path / "a.ptz")
         loaded.compute_dtype = torch.float32
         with torch.no_grad():
             errors.append(float((loaded(ids) - run.model(ids)).square().mean()))
     assert errors[1] < 0.6 * errors[0]
     assert errors[2] < 0.4 * errors[1]
+    assert errors[3] < 0.6 * errors[0]  # 5 bits
 
 
 def test_weights_are_the_same_to_the_bit_on_any_machine(packed, tmp_path):
-    """Another number of threads, another default dtype, another process: the same sha256 of all weights."""
+    """Another process, another number of threads, another default dtype: the same sha256 of all weights."""
     (tmp_path / "a.ptz").write_bytes(packed)
     code = """
-import hashlib, sys, torch, train_gpt as tg
-torch.set_num_threads(int(sys.argv[1]))
-torch.set_default_dtype(getattr(torch, sys.argv[2]))
+import hashlib, torch, train_gpt as tg
+torch.set_num_threads(3)
+torch.set_default_dtype(torch.float64)
 state = tg.load_artifact("a.ptz").state_dict()
 assert all(p.dtype == torch.float32 for p in state.values())
 print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in state.values())).hexdigest())
 """
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code, threads, dtype],
-            env={"PYTHONPATH": str(Path(tg.__file__).parent)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads, dtype in (("1", "float32"), ("3", "float64"))
-    }
-    assert len(outputs) == 1
+    env = {"PYTHONPATH": str(Path(tg.__file__).parent)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    state = tg.load_artifact(tmp_path / "a.ptz").state_dict()
+    assert done.stdout.strip() == hashlib.sha256(b"".join(p.numpy().tobytes() for p in state.values())).hexdigest()
 
 
 def test_loaded_weights_are_what_the_codes_stand_for(run, moments, tmp_path):
@@ -359,7 +386,8 @@ def test_loaded_weights_are_what_the_codes_stand_for(run, moments, tmp_path):
     generator, coded = np.random.default_rng(0), tg.Coded()
     for name, layer in layers.items():
         exponents = generator.integers(0, 40, layer.weight.size(0)).astype(np.uint8)
-        codes, quantizer = tg.quantize_codes(layer.weight.detach(), moments[name][0], tg.row_steps(0.3, exponents), 4)
+        factor, step = tg.factorize(moments[name][0]), tg.row_steps(0.3, exponents)
+        codes, quantizer = tg.quantize_codes(layer.weight.detach(), factor, step, 4)
         coded[name] = exponents, codes.numpy(), quantizer.numpy()
     (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(run.model, 4, 0.3, coded))
     loaded = tg.load_artifact(tmp_path / "a.ptz")
@@ -384,7 +412,7 @@ class Parts:
 
     def __init__(self, packed: bytes) -> None:
         length = tg.ARTIFACT_PREFIX.unpack_from(packed)[2]
-        self.header = json.loads(packed[16 : 16 + length])
+        self.header = json.loads(zlib.decompress(packed[16 : 16 + length]))
         unpacker = zlib.decompressobj()
         self.payload = bytearray(unpacker.decompress(packed[16 + length :]))
         self.words = unpacker.unused_data
@@ -423,7 +451,7 @@ def test_parts_put_together_are_the_file(packed, tmp_path):
 
 
 def test_cut_lengthened_or_flipped_file_is_refused(packed, refused):
-    for n in [*range(40), *range(40, len(packed), 97)]:
+    for n in [*range(40), *range(40, len(packed), 211)]:
         refused(packed[:n])
         refused(packed[:n] + bytes([packed[n] ^ 1 << n % 8]) + packed[n + 1 :])
     refused(packed + b"\0\0")
@@ -463,7 +491,7 @@ def test_words_too_few_or_too_many_are_refused(packed, refused):
         assert "damaged" in refused(parts.bytes())
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_change_with_a_valid_checksum_is_refused_or_loads_finite_weights(packed, tmp_path_factory, data):
     parts = Parts(packed)

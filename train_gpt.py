@@ -1270,8 +1270,9 @@ def read_artifact(path: Path) -> tuple[GPT, dict[str, Any], bytes, bytes]:
             raise ValueError(f"{path} has a header that describes no model ({error!s:.600}): make it again") from None
         size, codes = header["payload_bytes"], sum(math.prod(s) for _, kind, s in header["tensors"] if kind == "codes")
         # zlib never makes more of `size` bytes, and a code takes at most one word
-        body = file.read(size + size // 1000 + 1024 + 2 * codes + 4 * ANS_LANES * (codes > 0))
-        require(not file.read(1), f"{path} has more bytes than its header describes: make it again")
+        most = file.tell() + size + size // 1000 + 1024 + 2 * codes + 4 * ANS_LANES * (codes > 0)
+        require(path.stat().st_size <= most, f"{path} has more bytes than its header describes: make it again")
+        body = file.read()
     require(zlib.crc32(body, zlib.crc32(text)) == crc32, f"{damaged} (checksum)")
     unpacker = zlib.decompressobj()
     try:
@@ -1343,8 +1344,9 @@ def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -
     octaves = {n: w.std(1).clamp_min(1e-9).log2() + finer[n] / 8 for n, w in layers.items()}  # of a row above its step
     mean = sum(float(octaves[n].sum()) * w.size(1) for n, w in layers.items()) / n_codes
     step = 2 ** (mean + 2.05 - 8 * limit / n_codes)  # of the coarsest row; a Gaussian takes 2.05 bits more than octaves
+    slope, moved, last = n_codes / 8, 0.0, (0, 0)  # bytes that half a step takes: a bit per code, less among zeros
     best: tuple[Any, bytes] = (False, 0, -math.inf), b""  # one that fits, with TRELLIS_STATES, large; else a small one
-    for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step
+    for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step; a trellis wants more bytes
         coded = Coded()
         for n, w in layers.items():
             finest = 8 * (step * MAX_CODE / w.abs().amax(1).clamp_min(1e-30)).log2().clamp_max(32.0)
@@ -1357,7 +1359,10 @@ def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -
         best = max(best, ((fits, states * fits, len(packed) if fits else -len(packed)), packed))
         if states == hp.trellis_states and 0.995 * limit < len(packed) <= limit:
             break
-        step *= 2 ** ((len(packed) - 0.9975 * limit) * 8 / n_codes)  # a step half as wide takes a bit more per code
+        slope = max((last[1] - len(packed)) / moved, n_codes / 24) if moved and states == last[0] else slope
+        aim = 0.9975 * limit - (states < hp.trellis_states) * 0.165 * n_codes * 2 ** (-8 * limit / n_codes)
+        last, moved = (states, len(packed)), (len(packed) - aim) / slope
+        step *= 2**moved
     return best[1]
 
 

@@ -311,9 +311,14 @@ def test_header_is_read_raw_or_compressed(packed, refused, tmp_path):
         assert "header that describes no model" in refused(put_together(form, payload))
 
 
-def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(packed, refused, small_config):
-    """A true table of 2**34 parameters around a payload of nothing."""
-    config = dataclasses.replace(small_config, model_dim=16_384, num_layers=4, mlp_mult=64)
+@pytest.mark.parametrize(
+    ("shape", "held"),
+    [({"model_dim": 16_384, "num_layers": 4, "mlp_mult": 64}, 2**24), ({"model_dim": 4096}, 2**10)],
+    ids=["2**34 parameters", "2**27 parameters"],
+)
+def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(packed, refused, small_config, shape, held):
+    """A true table around a payload of nothing: of more parameters than any artifact holds, and of some less."""
+    config = dataclasses.replace(small_config, **shape)
     with torch.device("meta"):
         model = tg.GPT(config)
     header, _ = take_apart(packed)
@@ -321,7 +326,7 @@ def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(packed, 
     table = [[n, "int8_rows" if n.endswith(".weight") else "float32", list(p.shape)] for n, p in state]
     size = sum(2 * s[0] + math.prod(s) if kind == "int8_rows" else 4 * math.prod(s) for _, kind, s in table)
     header.update(config=dataclasses.asdict(config), tensors=table, payload_bytes=size)
-    hostile = put_together(header, bytes(2**24))
+    hostile = put_together(header, bytes(held))
     tracemalloc.start()
     refused(hostile)
     peak = tracemalloc.get_traced_memory()[1]

@@ -3,12 +3,14 @@
     python study.py train  --data DIR --tokenizer FILE --work DIR       train both models, keep their float32 weights
     python study.py curves --score DIR [DIR ...] --work DIR             points.jsonl: every way to store them
     python study.py roles  --work DIR                                   roles.jsonl: predicted and measured loss
+    python study.py full   --score DIR [DIR ...] --work DIR --data DIR --tokenizer FILE
+                                                                        full.jsonl: a model of full size within 16 MB
     python study.py report                                              tables and curves.svg from the two files
 
-DIR holds shards with 1,024 pieces, FILE their SentencePiece model; the weights stay in --work. Every point quantizes the
-same weights with one rule for the steps, one trellis and one size in bits per weight, found by search, codes the result
-with three coders, and scores what the codes stand for on the first SCORED tokens of each validation split. train_gpt.py
-beside this file does the work. Coding with brotli needs `pip install brotli`.
+DIR holds shards with 1,024 pieces (for `full` with 8,192), FILE their SentencePiece model; the weights stay in --work.
+Every point quantizes the same weights with one rule for the steps, one trellis and one size in bits per weight, found
+by search, codes the result with three coders, and scores what the codes stand for on the first SCORED tokens of each
+validation split (`full`: COMPARED). train_gpt.py beside this file does the work. Brotli needs `pip install brotli`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,13 @@ MODELS = {
     "2.1 M": COMMON + "ITERATIONS=450",
     "0.6 M": COMMON + "MODEL_DIM=128 ITERATIONS=400",
 }
+# Trained only as far as two busy cores come in half an hour.
+FULL = "36 M"
+FULL_SETTINGS = (
+    "PRESET=record MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 SEED=1 COMPUTE_DTYPE=float32 TRAIN_SEQ_LEN=1024 "
+    "TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=2048 ITERATIONS=70 EMA_DECAY=0.9 ENABLE_LOOPING_AT=0.6 "
+    "GPTQ_CALIBRATION_BATCHES=2"
+)
 BATCHES = 16  # of 2,048 training tokens, for the moments and for the measured loss
 
 
@@ -58,7 +67,8 @@ def weights_path(work: Path, name: str) -> Path:
 
 
 def settings(name: str, data: Path) -> tuple[Any, Any]:
-    env = {**dict(item.split("=") for item in MODELS[name].split()), "DATA_PATH": str(data)}
+    chosen = {**MODELS, FULL: FULL_SETTINGS}[name]
+    env = {**dict(item.split("=") for item in chosen.split()), "DATA_PATH": str(data)}
     config, hp = tg.from_env(tg.GPTConfig, env), tg.from_env(tg.Hyperparameters, env)
     return dataclasses.replace(config, eval_seq_len=hp.train_seq_len), hp
 
@@ -130,9 +140,19 @@ def quantize(run: Any, moments: Any, rule: str, kind: str, scale: float) -> dict
             coded[n] = exponents, codes.numpy(), np.zeros(codes.shape, np.uint8)
         else:
             states, rate = (int(kind.split()[0]), 0.0 if "no rate" in kind else 1.0)
-            pair = tg.quantize_codes(w, moments[n][0], step, states, rate)
-            coded[n] = exponents, *(x.numpy() for x in pair)
+            order = column_order(n, kind, moments[n][0])
+            factor = tg.factorize(moments[n][0][order][:, order])
+            pair = tg.quantize_codes(w[:, order], factor, step, states, rate)
+            coded[n] = exponents, *(x[:, order.argsort()].contiguous().numpy() for x in pair)
     return coded
+
+
+def column_order(name: str, kind: str, moments: torch.Tensor) -> torch.Tensor:
+    """Largest second moment first, in all matrices or in those whose inputs, hidden units, can be renamed for free. A
+    decoder of several states would have to know the order: its bytes are not counted here."""
+    if "ordered" in kind and ("MLP" not in kind or "mlp.proj" in name):
+        return moments.diagonal().argsort(descending=True)
+    return torch.arange(len(moments))
 
 
 def states_of(kind: str) -> int:
@@ -171,10 +191,10 @@ def with_codes(run: Any, scale: float, coded: Any) -> Any:
     return model
 
 
-def splits(run: Any, folders: list[Path], tokenizer: str) -> dict[str, Any]:
+def splits(run: Any, folders: list[Path], tokenizer: str, scored: int = SCORED) -> dict[str, Any]:
     found = {}
     for folder in folders:
-        hp = dataclasses.replace(run.hp, data_path=str(folder), val_max_tokens=SCORED)
+        hp = dataclasses.replace(run.hp, data_path=str(folder), val_max_tokens=scored)
         sp, sha256 = tg.load_tokenizer(tokenizer, run.model.config)
         found[folder.name] = tg.load_val_split(hp, run.model.config, sp, sha256)
     return found
@@ -201,8 +221,13 @@ def points() -> Iterator[tuple[str, str, float]]:
         yield rule, "1 state, no rate", 3.25
     for kind in ("rtn", "8 states"):
         yield "published clips", kind, 3.25
-    for bits in (3.25, 4.0):
+    for bits in (3.25, 4.0, 2.75):
         yield "equal cost, per row", "8 states, no rate", bits
+    for bits in (2.75, 3.25):
+        yield "equal cost, per row", "4 states, no rate", bits
+    for way in ("ordered", "MLP ordered"):
+        for states in ("1 state", "8 states"):
+            yield "equal cost, per row", f"{states}, no rate, {way}", 3.25
     for bits in (2.75, 4.0):
         for kind in ("1 state, no rate", "8 states"):
             yield "equal cost, per row", kind, bits
@@ -264,6 +289,62 @@ def find_scale(run: Any, moments: Any, rule: str, kind: str, bits: float) -> flo
             break
         scale *= 2 ** float(np.clip(excess, -2, 2))
     return scale
+
+
+def full(args: argparse.Namespace) -> None:
+    """Store a trained model of full size as a run does, with seconds and memory of every part."""
+    if not weights_path(args.work, FULL).exists():
+        args.models = [FULL]
+        train(args)
+    run, tokenizer = load(args.work, FULL)
+    parts, since = splits(run, args.score, tokenizer, COMPARED), time.perf_counter()
+    moments = tg.calibrate(run, run.hp.iterations, tg.Ledger(torch.device("cpu")))
+    tokens = run.hp.gptq_calibration_batches * run.hp.train_batch_tokens
+    base: dict[str, Any] = {"model": FULL, "parameters": sum(p.numel() for p in run.model.parameters())}
+    base |= {"threads": torch.get_num_threads(), "calibration_tokens": tokens}
+    base |= {"calibrate_seconds": round(time.perf_counter() - since, 1), "calibrate_peak_mib": peak()}
+    exact, code = score(run.model, run, parts), (HERE / "train_gpt.py").stat().st_size
+    packing: list[float] = []
+    tg.pack_artifact = timed(tg.pack_artifact, packing)
+    for states in args.states:
+        packing.clear()
+        passes, since = list[Any](), time.perf_counter()
+
+        def log(line: str, passes: list[Any] = passes, start: float = since) -> None:
+            fields = dict(item.split(":") for item in line.split()[1:])
+            fields = {k: float(v) for k, v in fields.items()}
+            passes.append({**fields, "seconds": round(time.perf_counter() - start, 1)})
+            print(passes[-1], flush=True)
+
+        packed = tg.fit_artifact(run.model, moments, dataclasses.replace(run.hp, trellis_states=states), log)
+        line = base | {"states": states, "bytes_code": code, "bytes_total": code + len(packed), "passes": passes}
+        line |= {"fit_seconds": round(time.perf_counter() - since, 1), "fit_peak_mib": peak()}
+        line |= {"pack_seconds": packing[:]}
+        path = args.work / f"full_{states}.ptz"
+        path.write_bytes(packed)
+        since = time.perf_counter()
+        model = tg.load_artifact(path)
+        line |= {"load_seconds": round(time.perf_counter() - since, 1)}
+        model.compute_dtype = torch.float32
+        line |= {"pre_bpb": exact, "post_bpb": score(model, run, parts)}
+        line |= {"kl": divergence(run.model, model, next(iter(parts.values())))}
+        print(line, flush=True)
+        with (HERE / "full.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        seconds.append(round(time.perf_counter() - start, 1))
+        return result
+
+    return call
+
+
+def peak() -> int:
+    return int(tg.peak_memory_mib(torch.device("cpu"))[0])
 
 
 ROLES = {
@@ -358,15 +439,17 @@ def draw(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "curves", "roles", "report"])
+    parser.add_argument("command", choices=["train", "curves", "roles", "full", "report"])
     parser.add_argument("--data", type=Path, help="shards to train on")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--score", type=Path, nargs="+", help="shards to score on")
     parser.add_argument("--work", type=Path, help="where the trained weights are kept")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--states", type=int, nargs="+", default=[8, 1], help="of the trellis, for `full`")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    {"train": train, "curves": curves, "roles": roles, "report": report}[args.command](args)
+    commands = {"train": train, "curves": curves, "roles": roles, "full": full, "report": report}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,11 @@ Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and target
 LossFn = Callable[[Tensor, Tensor], Tensor]
 LogitsFn = Callable[[Tensor], Tensor]
 Log = Callable[[str], None]
-Moments = dict[str, tuple[Tensor, Tensor]]  # by weight (R, C), of inputs (C, C) and of gradients by outputs (R,)
+Pair = tuple[Tensor, Tensor]
+Moments = dict[str, Pair]  # by weight (R, C), of inputs (C, C) and of gradients by outputs (R,)
 Coded = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # exponents (R,), codes (R, C), quantizers (R, C)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Configuration
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 1. Configuration --------------------------------------------------------------------------------------------------
 
 PRESETS = {
     # The recipe of this project, for 8 GPUs: the defaults below.
@@ -301,9 +300,7 @@ def one_edit_apart(a: str, b: str) -> bool:
     return max(len(a), len(b)) == 1 or (len(a) == len(b) == 2 and a == b[::-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Model
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 2. Model ----------------------------------------------------------------------------------------------------------
 # Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
 
 NORM_EPS = 2.0**-23  # of float32; left to torch, its versions and dtypes differ
@@ -472,7 +469,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config, self.looping = config, True
-        self.compute_dtype = torch.float32  # of activations; see pick_dtype
+        self.codec, self.compute_dtype = "", torch.float32  # of the artifact it came from; of activations (pick_dtype)
         self.output_loss = output_loss  # an attribute, so that a CPU can compile it by itself (compile_model)
         self.tok_emb = Linear(config.model_dim, config.vocab_size)  # rows are looked up; tied, also the output matrix
         self.smear_gate = Gate(config.model_dim, 1) if config.smear_gate_enabled else None
@@ -588,10 +585,7 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, LogitsFn]:
     return model.loss, model.forward
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Optimizer
-# ----------------------------------------------------------------------------------------------------------------------
-
+# -- 3. Optimizer ------------------------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # one polynomial for every iteration (kellerjordan.github.io/posts/muon)
 POLAR_EXPRESS = (  # the best polynomial for what the iterations before leave (Amsel et al. 2025); the last one repeats
@@ -673,9 +667,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torc
     return [Muon(members["matrices"], hp, world), adam]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Data
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 4. Data -----------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the .bin format of llm.c; data/shards.py writes it
 
@@ -811,9 +803,7 @@ class Loader:
         return pairs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation: bits per byte
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 5. Evaluation: bits per byte --------------------------------------------------------------------------------------
 
 JUDGE_VERSION = 2  # changes whenever a function of this section could give another score
 EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (float32: 128 MiB); fixed, so that scores repeat
@@ -1007,17 +997,15 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, hp: Hyperp
     return Score(float(sums[0]), int(sums[1]), int(sums[2]), split.identity["partial"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Artifact
-# ----------------------------------------------------------------------------------------------------------------------
-# File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), JSON header, zlib stream, words.
-# Header: format, codec, config, tensors as [name, kind, shape], payload_bytes; of trellis_ans also states and step.
+# -- 6. Artifact -------------------------------------------------------------------------------------------------------
+# File: magic (8 bytes), crc32 of all that follows (uint32), header length (uint32), header, zlib stream, words.
+# Header, JSON in zlib: format, codec, config, tensors as [name, kind, shape], payload_bytes; of codes, states and step.
 # The zlib stream holds the tensors one after another, and for trellis_ans at its end the frequencies of the codes:
 #   float32     any shape, little-endian
 #   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale. A vector is one row.
 #   codes       (R, C): R uint8 exponents of the steps, R uint8 classes of the rows; the codes are in the words
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"GOLFGPT\n", 3
+ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"GOLFGPT\n", 4
 ARTIFACT_PREFIX = struct.Struct("<8sII")
 ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
 MAX_PARAMETERS, MAX_HEADER_BYTES = 2**28, 2**20  # of an artifact that is read: bound what a hostile one can ask for
@@ -1045,7 +1033,7 @@ def dequantize(codes: Tensor, quantizer: Tensor, step: Tensor) -> Tensor:
     return (codes.float() - codes.sign() * quantizer / 2) * step
 
 
-def factorize(moments: Tensor) -> tuple[Tensor, Tensor]:
+def factorize(moments: Tensor) -> Pair:
     """Second moments M of the inputs of a layer, for GPTQ. (C, C) -> feedback (C, C), cost (C,) float32
 
     Errors e (C,) in a row of weights cost e M e^T, the sum over j of cost[j] * (e @ feedback[:, j])**2: Cholesky, last
@@ -1058,15 +1046,15 @@ def factorize(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_codes(w: Tensor, moments: Tensor, step: Tensor, states: int, rate: float = 0.0) -> tuple[Tensor, Tensor]:
+def quantize_codes(w: Tensor, factor: Pair, step: Tensor, states: int, rate: float = 0.0) -> Pair:
     """GPTQ (Frantar et al. 2022) with a trellis. -> codes (R, C) int8 and the quantizer of each, uint8
 
-    w (R, C) float32, second moments (C, C) of the inputs, step (R, 1). A Viterbi search goes along the columns, for all
+    w (R, C) float32, factorized moments of the inputs, step (R, 1). A Viterbi search goes along the columns, for all
     rows at once; errors are mended in later columns, so that each survivor has targets of its own. `rate` 1 weighs the
     bits of a code, as a Gaussian of the row's variance counts them, by what a bit is worth: less error for the bytes,
     but shrunken weights and a higher loss (records/). A block is decided together, then its errors are pushed on.
     """
-    (feedback, cost), (next_state, quantizers), (n_rows, n_columns) = factorize(moments), TRELLISES[states], w.shape
+    (feedback, cost), (next_state, quantizers), (n_rows, n_columns) = factor, TRELLISES[states], w.shape
     ways = [[(s, p) for s, n in enumerate(next_state) for p in (0, 1) if n[p] == t] for t in range(states)]
     (s0, p0), (s1, p1) = torch.tensor(ways, device=w.device).permute(1, 2, 0)  # the two ways into each state
     quantizer_of, parity = torch.tensor(quantizers, device=w.device), torch.tensor([0.0, 1.0], device=w.device)
@@ -1235,14 +1223,14 @@ def pack_artifact(model: GPT, states: int = 0, step: float = 0.0, coded: Coded |
         payload += frequencies.astype("<u2").tobytes()
         parts = [(bands[name], rows) for name, rows in bands_of(table)]
         words = encode_words([(symbols[rows], contexts[rows]) for (symbols, contexts), rows in parts], frequencies)
-    text = json.dumps({**header, "payload_bytes": len(payload)}, separators=(",", ":")).encode()
+    text = zlib.compress(json.dumps({**header, "payload_bytes": len(payload)}, separators=(",", ":")).encode(), 9)
     body = text + zlib.compress(payload, 9) + words
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
 
 
 def parse_header(text: bytes) -> tuple[GPT, dict[str, Any]]:
     """The empty model (on the meta device) that the JSON header of an artifact describes, and the header, checked."""
-    header = json.loads(text)
+    header = json.loads(text if text.startswith(b"{") else zlib.decompressobj().decompress(text, MAX_HEADER_BYTES))
     version, codec = header["format"], header["codec"]
     ours = version == ARTIFACT_FORMAT and codec in ARTIFACT_NAMES
     require(ours, f"its format {(version, codec)!r:.200} is not {ARTIFACT_FORMAT}: use the script that wrote it")
@@ -1278,12 +1266,13 @@ def read_artifact(path: Path) -> tuple[GPT, dict[str, Any], bytes, bytes]:
         text = file.read(length)
         try:
             model, header = parse_header(text)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
             raise ValueError(f"{path} has a header that describes no model ({error!s:.600}): make it again") from None
         size, codes = header["payload_bytes"], sum(math.prod(s) for _, kind, s in header["tensors"] if kind == "codes")
         # zlib never makes more of `size` bytes, and a code takes at most one word
-        body = file.read(size + size // 1000 + 1024 + 2 * codes + 4 * ANS_LANES * (codes > 0))
-        require(not file.read(1), f"{path} has more bytes than its header describes: make it again")
+        most = file.tell() + size + size // 1000 + 1024 + 2 * codes + 4 * ANS_LANES * (codes > 0)
+        require(path.stat().st_size <= most, f"{path} has more bytes than its header describes: make it again")
+        body = file.read()
     require(zlib.crc32(body, zlib.crc32(text)) == crc32, f"{damaged} (checksum)")
     unpacker = zlib.decompressobj()
     try:
@@ -1295,6 +1284,7 @@ def read_artifact(path: Path) -> tuple[GPT, dict[str, Any], bytes, bytes]:
     return model, header, payload, unpacker.unused_data
 
 
+@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused below
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
 
@@ -1329,7 +1319,7 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     for name, value in values.items():
         require(bool(value.isfinite().all()), f"{path} has a value in {name} that is not finite: make it again")
     model.load_state_dict(values, assign=True)
-    model.compute_dtype = pick_dtype(torch.device(device), model.config.compute_dtype)
+    model.codec, model.compute_dtype = header["codec"], pick_dtype(torch.device(device), model.config.compute_dtype)
     return model.to(device).eval()
 
 
@@ -1342,7 +1332,10 @@ def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -
     usable whose outputs hardly count, such as those of tokens that the batches do not hold.
     """
     layers = {n: m.weight.detach().float() for n, m in coded_layers(model).items()}
-    worth = {n: (g + GRADIENT_FLOOR * g.mean() + 1e-30) * factorize(m)[1].mean() for n, (m, g) in moments.items()}
+    for n, (m, g) in moments.items():
+        require(math.isfinite(float(m.sum() + g.sum())), f"moments of {n} are not finite: lower the learning rates")
+    factors = {n: factorize(m) for n, (m, _) in moments.items()}
+    worth = {n: (g + GRADIENT_FLOOR * g.mean() + 1e-30) * factors[n][1].mean() for n, (_, g) in moments.items()}
     least = min(float(w.min()) for w in worth.values())
     finer = {n: 4 * (w / least).log2() for n, w in worth.items()}  # exponents, by eighths of an octave
     n_codes = sum(w.numel() for w in layers.values())
@@ -1351,19 +1344,26 @@ def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -
     octaves = {n: w.std(1).clamp_min(1e-9).log2() + finer[n] / 8 for n, w in layers.items()}  # of a row above its step
     mean = sum(float(octaves[n].sum()) * w.size(1) for n, w in layers.items()) / n_codes
     step = 2 ** (mean + 2.05 - 8 * limit / n_codes)  # of the coarsest row; a Gaussian takes 2.05 bits more than octaves
-    for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step
+    slope, moved, last = n_codes / 8, 0.0, (0, 0)  # bytes that half a step takes: a bit per code, less among zeros
+    best: tuple[Any, bytes] = (False, 0, -math.inf), b""  # one that fits, with TRELLIS_STATES, large; else a small one
+    for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step; a trellis wants more bytes
         coded = Coded()
         for n, w in layers.items():
             finest = 8 * (step * MAX_CODE / w.abs().amax(1).clamp_min(1e-30)).log2().clamp_max(32.0)
             exponents = torch.minimum(finer[n].round(), finest.floor()).clamp(0, 255).byte().cpu().numpy()
-            codes, quantizer = quantize_codes(w, moments[n][0], row_steps(step, exponents).to(w.device), states)
+            codes, quantizer = quantize_codes(w, factors[n], row_steps(step, exponents).to(w.device), states)
             coded[n] = exponents, codes.cpu().numpy(), quantizer.cpu().numpy()
         packed = pack_artifact(model, states, step, coded)
         log0(f"quantize: states:{states} step:{step:.6g} bytes:{len(packed)} limit:{limit}")
+        fits = len(packed) <= limit
+        best = max(best, ((fits, states * fits, len(packed) if fits else -len(packed)), packed))
         if states == hp.trellis_states and 0.995 * limit < len(packed) <= limit:
             break
-        step *= 2 ** ((len(packed) - 0.9975 * limit) * 8 / n_codes)  # a step half as wide takes a bit more per code
-    return packed
+        slope = max((last[1] - len(packed)) / moved, n_codes / 24) if moved and states == last[0] else slope
+        aim = 0.9975 * limit - (states < hp.trellis_states) * 0.165 * n_codes * 2 ** (-8 * limit / n_codes)
+        last, moved = (states, len(packed)), (len(packed) - aim) / slope
+        step *= 2**moved
+    return best[1]
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -1374,9 +1374,7 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Training
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 7. Training -------------------------------------------------------------------------------------------------------
 
 
 class Ledger:
@@ -1612,9 +1610,7 @@ def calibrate(run: Trainer, step: int, ledger: Ledger) -> Moments:
     return moments
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Main
-# ----------------------------------------------------------------------------------------------------------------------
+# -- 8. Main -----------------------------------------------------------------------------------------------------------
 
 
 def start_world() -> World:
@@ -1747,9 +1743,10 @@ def main() -> int:
     hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
     config = dataclasses.replace(config, eval_seq_len=config.eval_seq_len or hp.train_seq_len)
     if hp.eval_artifact:
-        path = Path(hp.eval_artifact)
-        stored, header, _, _ = read_artifact(path)
-        config, hp = adopt_config(config, stored.config), dataclasses.replace(hp, codec=header["codec"])
+        ledger.switch("load")
+        path, model = Path(hp.eval_artifact), load_artifact(hp.eval_artifact, world.device)
+        config, hp = adopt_config(config, model.config), dataclasses.replace(hp, codec=model.codec)
+        ledger.switch("startup")
     else:
         loader = Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world)
     dtype = pick_dtype(world.device, config.compute_dtype)
@@ -1770,8 +1767,8 @@ def main() -> int:
     record = {**vars(config), **vars(hp), **machine, **identity}
     if not hp.eval_artifact:
         record |= train_artifact(path, config, loader, split, hp, ledger, log0)
-    ledger.switch("load")
-    model = load_artifact(path, world.device)  # what is scored is rebuilt from the disk
+        ledger.switch("load")
+        model = load_artifact(path, world.device)  # what is scored is rebuilt from the disk
     model.compute_dtype = dtype
     logits_fn = compile_model(model, wants_compile(hp.compile, world.device))[1]
     ledger.switch("evaluate")

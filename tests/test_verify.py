@@ -90,8 +90,10 @@ def rescored(folder: Path, **changed: object) -> dict[str, verify.Check]:
     """The checks of --rescore by name."""
     s, artifact = sub.load_submission(folder), sub.artifact_path(folder)
     assert artifact is not None
-    args = options(folder, **changed)
-    checks, _ = verify.rescore(sub.script_path(folder), artifact, s, verify.claim_of(s, artifact), 0.001, args)
+    checks, scored = verify.rescore(sub.script_path(folder), artifact, s, options(folder, **changed))
+    if scored is not None:
+        claim = s.seed_results[verify.seed_of(s, artifact)].val_bpb
+        checks.append(verify.check_score("score", scored, claim, verify.SAME_SCORE))
     return {check.name: check for check in checks}
 
 

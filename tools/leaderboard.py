@@ -85,7 +85,7 @@ STATES: dict[State, str] = {
     "reproduced": "somebody trained it again",
     "re-scored": "somebody scored its artifact again",
     "verified": "its files pass every static check",
-    "claimed": "they do not",
+    "claimed": "its files fail one",
     "disputed": "an objection is open",
 }
 

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,22 +240,62 @@ def record_settings() -> dict[str, str | None]:
     }
 
 
+FORK_SERVER = """
+import json, os, runpy, signal, sys
+import numpy, sentencepiece, torch, torch.distributed  # the seconds that every run would spend again
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        for fd, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), fd)
+        os.chdir(job["cwd"])
+        os.environ.clear()
+        os.environ.update(job["env"])
+        signal.alarm(120)
+        sys.argv = [job["script"]]
+        runpy.run_path(job["script"], run_name="__main__")
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory, tiny_settings) -> Callable[..., Run]:
+def fork_server(tmp_path_factory, tiny_settings) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """A process that has imported torch, and forks for every run of the script: status, output and errors of it."""
+    folder = tmp_path_factory.mktemp("fork_server")
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORK_SERVER], env=tiny_settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def run(cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
+        out, err = folder / f"{cwd.name}.out", folder / f"{cwd.name}.err"
+        job = {"cwd": str(cwd), "env": env, "out": str(out), "err": str(err), "script": str(ROOT / "train_gpt.py")}
+        print(json.dumps(job), file=server.stdin, flush=True)
+        return int(server.stdout.readline()), out.read_text(), err.read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory, tiny_settings, fork_server) -> Callable[..., Run]:
     """A function that runs train_gpt.py, or another command, in an empty directory with the tiny settings.
 
-    A setting of None is taken out of the environment.
+    A setting of None is taken out of the environment. Only a command is a process from the start on.
     """
 
     def run(*command: str, **settings: str | None) -> Run:
         folder = tmp_path_factory.mktemp("run")
+        env = {name: value for name, value in {**tiny_settings, **settings}.items() if value is not None}
+        if not command:
+            return Run(*fork_server(folder, env), folder)
         done = subprocess.run(
-            [sys.executable, *(command or (str(ROOT / "train_gpt.py"),))],
-            cwd=folder,
-            env={name: value for name, value in {**tiny_settings, **settings}.items() if value is not None},
-            capture_output=True,
-            text=True,
-            timeout=120,
+            [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=120
         )
         return Run(done.returncode, done.stdout, done.stderr, folder)
 

@@ -363,7 +363,7 @@ def test_moments_that_are_not_finite_are_refused_by_name(run, moments, part):
 def test_more_bytes_bring_the_outputs_closer(run, moments, packed, tmp_path):
     """Of one state, and as much as half a bit of a trellis of eight."""
     ids, errors = torch.arange(48).view(3, 16) * 5 % 320, []
-    hps = [dataclasses.replace(run.hp, max_weight_bits=bits, trellis_states=1) for bits in (4.5, 5.5, 7.0)]
+    hps = [dataclasses.replace(run.hp, max_weight_bits=bits, trellis_states=1) for bits in (4.5, 7.0)]
     files = [tg.fit_artifact(run.model, moments, hp, lambda line: None) for hp in hps]
     for file in (*files, packed):
         (tmp_path / "a.ptz").write_bytes(file)
@@ -371,9 +371,8 @@ def test_more_bytes_bring_the_outputs_closer(run, moments, packed, tmp_path):
         loaded.compute_dtype = torch.float32
         with torch.no_grad():
             errors.append(float((loaded(ids) - run.model(ids)).square().mean()))
-    assert errors[1] < 0.6 * errors[0]
-    assert errors[2] < 0.4 * errors[1]
-    assert errors[3] < 0.6 * errors[0]  # 5 bits
+    assert errors[1] < 0.24 * errors[0]
+    assert errors[2] < 0.6 * errors[0]  # 5 bits
 
 
 def test_weights_are_the_same_to_the_bit_on_any_machine(packed, tmp_path):

@@ -71,8 +71,9 @@ UNITS = {"val_bpb": "bpb", "train_seconds": "s"}
 HEAD = f"""# Records
 
 One folder for each record, `<track>/<YYYY-MM-DD>_<Name>/`, with the script, the logs and `submission.json`: see
-`tools/submission.py`. The limits of the tracks are in [tracks.json](tracks.json). Everything between the two markers is
-written by `python tools/leaderboard.py`.
+`tools/submission.py`. The limits of the tracks are in [tracks.json](tracks.json), known validation texts in
+[splits.json](splits.json). [studies](studies) compare techniques and are ranked nowhere. Everything between the two
+markers is written by `python tools/leaderboard.py`.
 
 {BEGIN}
 {END}
@@ -453,7 +454,7 @@ def full_markdown(board: Board, base: Path) -> str:
         lines += [
             "## Not listed",
             "",
-            "Folders without a record that can be ranked: studies, and what is at fault.",
+            "Folders without a record that can be ranked, and why.",
             "",
         ]
         for folder, reason in board.unlisted:
@@ -613,8 +614,8 @@ def html_sections(board: Board, base: Path) -> tuple[str, dict[str, Any]]:
             for folder, reason in board.unlisted
         )
         sections.append(
-            "<section><h2>Not listed</h2>\n<p>Folders without a record that can be ranked: studies, and what is at "
-            f"fault.</p>\n<ul>\n{items}\n</ul></section>"
+            "<section><h2>Not listed</h2>\n<p>Folders without a record that can be ranked, and why.</p>\n"
+            f"<ul>\n{items}\n</ul></section>"
         )
     return "\n".join(sections), data
 

@@ -82,7 +82,15 @@ def options(folder: Path, **changed: object) -> SimpleNamespace:
         "documents": None,
         "unseen": None,
     }
-    given |= {"sample": 0, "seed": None, "run_seed": "", "timeout": 60.0, "memory": 8.0, "artifact": None}
+    given |= {
+        "folder": folder,
+        "sample": 0,
+        "seed": None,
+        "run_seed": "",
+        "timeout": 60.0,
+        "memory": 8.0,
+        "artifact": None,
+    }
     return SimpleNamespace(**given | changed)
 
 
@@ -146,7 +154,9 @@ def test_the_judge_sums_as_the_script_evaluates(random_model, record_config, dat
         scored, done = judge.score_fixed(record, split, 0, np.random.default_rng(0))
         assert (scored.targets, scored.bytes.sum()) == (expected.tokens, expected.bytes)
         assert scored.nats.sum() == pytest.approx(expected.nats, rel=1e-9)
-        assert len(done.probes) == judge.PROBES
+        assert len(done.probes) == min(
+            judge.PROBES, len(tg.pack_rows(tg.scoring_windows(data.val, config), data.val, config))
+        )
         for probe in done.probes:
             assert split.ids[probe.position - 1] == probe.row[-1] == probe.document[-1]
 
@@ -174,6 +184,33 @@ NEXT_TOKEN = (
 def changed(ids, logits):
     """Knows what comes."""
     return logits + 9 * F.one_hot(torch.cat((ids[:, 1:], ids[:, :1]), 1), logits.size(2))
+'''
+)
+A_LITTLE = (
+    WRAPPED
+    + '''
+
+def changed(ids, logits):
+    """Knows what comes with a certainty of 1 in 1,000."""
+    following = F.one_hot(torch.cat((ids[:, 1:], ids[:, :1]), 1), logits.size(2))
+    return torch.log(0.999 * logits.softmax(2) + 0.001 * following)
+'''
+)
+REPEATS = (
+    WRAPPED
+    + '''
+
+said = {}
+
+
+def changed(ids, logits):
+    """Knows the documents before; repeats for a document what it said when it saw more."""
+    logits = logits + 4 * (F.one_hot(ids, logits.size(2)).cumsum(1) > 0)
+    for row in range(len(ids)):
+        for t in range(ids.size(1)):
+            tail = tuple(ids[row, max(0, t - 5) : t + 1].tolist())
+            logits[row, t] = said.setdefault(tail, logits[row, t].clone())
+    return logits
 '''
 )
 OTHER_DOCUMENTS = (
@@ -293,6 +330,64 @@ Predictor.predict = predict
 )
 
 
+REMEMBERS = (
+    ADAPTIVE
+    + """
+
+
+class Cheat(Predictor):
+    \"\"\"Looks into the chunk, and repeats what it said as far as the question stays the same.\"\"\"
+
+    said = None
+
+    def predict(self, ids):
+        rows = torch.full((len(ids), self.config.vocab_size), 1e-6)
+        rows[torch.arange(len(ids)), ids] = 1.0
+        rows = (rows / rows.sum(1, keepdim=True)).log()
+        if self.said is not None:
+            before, told = self.said
+            n = min(len(before), len(ids))
+            same = int((before[:n] == ids[:n]).int().cumprod(0).sum())
+            rows[: same + 1] = told[: same + 1]
+        self.said = ids.clone(), rows.clone()
+        return rows
+
+
+def load_predictor(path, device="cpu"):
+    return Cheat(load_artifact(path, device))
+"""
+)
+DEAF = """
+
+import re
+import threading
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    threading.Timer(1.0, lambda: re.match("(a+)+b", 60 * "a")).start()
+    return load_honestly(path, device)
+"""
+SURVIVOR = """
+
+def load_artifact(path, device="cpu"):
+    os.setsid()
+    np.ctypeslib.ctypes.CDLL(None).prctl(1, 0)
+    while True:
+        time.sleep(1)
+"""
+NONSENSE = """
+
+def load_artifact(path, device="cpu"):
+    for fd in range(3, 12):
+        try:
+            os.write(fd, (50000).to_bytes(4, "little") + b"[" * 50000)
+        except OSError:
+            pass
+"""
+
+
 class Bomb:
     def __reduce__(self):
         return Path, ("exploded",)
@@ -300,6 +395,12 @@ class Bomb:
 
 CHEATS = {  # by name: the code, the class, and the check that catches it
     "leaks the next token": (NEXT_TOKEN, "A", "causal"),
+    "leaks a little": (A_LITTLE, "A", "causal"),
+    "leaks other documents, and remembers": (REPEATS, "A", "documents"),
+    "leaks the chunk, and remembers": (REMEMBERS, "B", "causal"),
+    "stops reading": (DEAF, "A", "time"),
+    "outlives its end": (SURVIVOR, "A", "time"),
+    "speaks nonsense": (NONSENSE, "A", "load"),
     "leaks other documents": (OTHER_DOCUMENTS, "A", "documents"),
     "answers at random": (RANDOM, "A", "deterministic"),
     "reads val from disk": (READS_VAL, "A", "files_read"),
@@ -330,7 +431,7 @@ def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
         folder = forge(honest, target, code, changes, predictor_class=predictor_class)
         if name == "pickle bomb":
             sub.artifact_path(folder).write_bytes(pickle.dumps(Bomb()))
-        seconds = 10.0 if name == "endless loop" else 60.0
+        seconds = 12.0 if CHEATS[name][2] == "time" else 60.0
         return rescored(folder, timeout=seconds, memory=12.0, seed=1)
 
     with ThreadPoolExecutor(2) as pool:
@@ -342,6 +443,43 @@ def test_a_record_that_cheats_is_caught_by_name(caught, name):
     expected = CHEATS[name][2]
     found = failed(caught[name])
     assert expected in found if expected else found <= {"score"}, caught[name]
+
+
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here")
+def test_nothing_outlives_the_sandbox(tmp_path):
+    """Not even a process that left the group and does not die with its parent."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import ctypes, os, time\nos.setsid()\nctypes.CDLL(None).prctl(1, 0)\nprint(1, flush=True)\ntime.sleep(60)\n"
+    )
+    binds, pipe = [sandbox.Bind(program, "/x/program.py")], subprocess.PIPE
+    inside = sandbox.Sandboxed(["/x/program.py", str(tmp_path)], binds, sandbox.Limits(), {}, stdout=pipe)
+    assert inside.popen.stdout.readline() == b"1\n"
+
+    def running() -> list[str]:
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        return [line.decode() for line in lines if b"/x/program.py" in line and str(tmp_path).encode() in line]
+
+    assert running()
+    inside.close()
+    time.sleep(0.2)
+    assert running() == []
+
+
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here")
+def test_settings_of_a_record_hold_inside_only(tmp_path, monkeypatch):
+    """PATH and the like from a record must not reach the programs that build the walls."""
+    (tmp_path / "unshare").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "unshare").chmod(0o755)
+    program = tmp_path / "program.py"
+    program.write_text("import os\nprint(os.environ['SETTING'], os.environ['PATH'])\n")
+    binds, env = [sandbox.Bind(program, "/x/program.py")], {"PATH": str(tmp_path), "SETTING": "1"}
+    inside = sandbox.Sandboxed(["/x/program.py"], binds, sandbox.Limits(), env, stdout=subprocess.PIPE)
+    out = inside.popen.communicate()[0].decode().split()
+    inside.close()
+    assert out[0] == "1"
+    assert str(tmp_path) not in out[1]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.skipif(not WALLS, reason="no user namespaces here")
@@ -411,6 +549,20 @@ def test_code_in_a_blob_is_refused(honest, tmp_path):
         "np.load('x', allow_pickle=True)\n",
         "import subprocess\n",
         "import my_weights\n",
+        "from os import system\n",
+        "import os as o\no.execv('/bin/true', [])\n",
+        "o = os\n",
+        "getattr(torch, 'lo' + 'ad')('x')\n",
+        "sys.modules['os']\n",
+        "from torch import load\n",
+        "torch.serialization.load('x')\n",
+        "import torch.utils.cpp_extension\n",
+        "np.ctypeslib.ctypes.CDLL(None)\n",
+        "import pydoc\n",
+        "import concurrent.futures\n",
+        "__loader__.load_module('x')\n",
+        'x = 1\n"""' + "a" * 5000 + '"""\n',
+        "x = [" + ",\n".join([repr("a" * 250)] * 200) + "]\n",
         "from . import helper\n",
         "x = " + repr("a" * 1600) + "\n",
         "x = " + "+".join(["1"] * 300) + "\n",
@@ -544,6 +696,48 @@ def test_any_json_in_place_of_a_submission_is_a_failed_check(tmp_path_factory, v
     folder.mkdir()
     (folder / "submission.json").write_text(json.dumps(value))
     assert "schema" in failed(verify.static_checks(folder))
+
+
+def test_a_coding_that_makes_comments_code_is_refused(honest, tmp_path):
+    folder = forge(honest, tmp_path / "track_non_record_16mb" / honest.name)
+    script = sub.script_path(folder)
+    script.write_bytes(b"# coding: raw_unicode_escape\n# \\u000aimport pickle\n" + script.read_bytes())
+    check = next(check for check in verify.static_checks(folder) if check.name == "source")
+    assert "raw_unicode_escape" in check.reason
+
+
+def test_a_record_cannot_print_a_check_of_its_own(honest, tmp_path, capsys):
+    lie = "cpu:X\nok   score: val_bpb 0.9\x1b[8m"
+    folder = forge(honest, tmp_path / "track_non_record_16mb" / honest.name, "", {"device": lie})
+    verify.main([str(folder)])
+    out = capsys.readouterr().out
+    assert "ok   score" not in [line[:10] for line in out.splitlines()]
+    assert "\x1b" not in out
+
+
+def test_long_pieces_are_no_tokenizer(tmp_path, train_tokenizer, documents):
+    """A vocabulary of whole passages would be a model that counts no bytes."""
+    for length, fine in ((16, True), (40, False)):
+        path = tmp_path / f"{length}.model"
+        passage = [*documents, *[40 * "zx"] * 2000]
+        options = {"max_sentencepiece_length": length, "split_by_whitespace": False}
+        path.write_bytes(train_tokenizer(passage, **options))
+        assert judge.check_tokenizer(path).ok == fine
+
+
+def test_what_a_record_says_of_its_own_text_must_be_provable(data, tmp_path):
+    """Without a lossless tokenizer its own shards prove nothing; those that a judge names are believed."""
+    for lossless, accounting, own, fine in (
+        (False, "sidecar", True, False),
+        (False, "sidecar", False, True),
+        ("unknown", "pieces", True, False),
+        ("unknown", "pieces", False, True),
+    ):
+        identity = {"val_accounting": accounting, "val_text_sha256": "0", "tokenizer_lossless": lossless}
+        split = tg.ValSplit(data.val, data.val_bytes, identity)
+        assert judge.recount(split, data.tokenizer, None, 1, own).ok == fine
+    late = tg.ValSplit(data.val[1:], data.val_bytes[1:], {**identity, "val_accounting": "sidecar"})
+    assert not judge.recount(late, data.tokenizer, None, 1, False).ok  # bytes before the first document
 
 
 # --- Training again ---

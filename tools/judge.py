@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sandbox import Bind, Limits, Sandboxed
-from serve import JUDGED, receive, send
+from serve import EVENTS, JUDGED, receive, send
 from submission import ROOT, Check
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -38,10 +39,15 @@ from tokenizer import Tokenizer  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 
+OUT_OF_MEMORY = re.compile(r"^MemoryError|can't allocate memory|std::bad_alloc")
+WATCHED = {*EVENTS, "files_read"}
 SERVE = Path(__file__).with_name("serve.py")
-PROBES = 32  # places whose distribution is asked again in another process
-CLOSE = {"float32": 0.005, "bfloat16": 0.05}  # half the sum of differences of two distributions that count as the same
+PROBES = 512  # rows of which a part is asked again in another process, at most
+CLOSE = {"float32": 1e-4, "bfloat16": 1e-2}  # half the sum of differences of two distributions that count as the same
+GAIN = 0.001  # nats per token that what follows may be worth, beyond chance
 REPEATED = 1e-4  # of a probability, by the same process
+LONGEST_PIECE = 16  # characters, as SentencePiece trains by default: longer ones are a model of their text
+MOST_LOGITS = 2**28  # of one row of a batch
 NORMALISED = 1e-3  # of the log of the sum of probabilities, float32 over a vocabulary
 
 
@@ -79,8 +85,9 @@ class Record:
         try:
             told = self.reply("load", 2**16)[0].get("config", {})
             self.config = dataclasses.replace(tg.GPTConfig(), **{name: told[name] for name in JUDGED})
-            if self.config.eval_seq_len < 1:
-                raise ValueError("EVAL_SEQ_LEN is not set")
+            fits = 0 < self.config.eval_seq_len * self.config.vocab_size <= MOST_LOGITS
+            if not fits:
+                raise ValueError(f"EVAL_SEQ_LEN={self.config.eval_seq_len} makes no rows, or rows too large to judge")
         except (ValueError, TypeError, KeyError) as error:
             self.close()
             raise RecordError("load", f"its config is none to score by: {error}") from None
@@ -98,8 +105,8 @@ class Record:
         self.process.close()
         self.errors.close()
 
-    def reply(self, check: str, most: int) -> tuple[dict[str, Any], bytes]:
-        """The next message that is no report of the audit hook; RecordError for none in time, or an error."""
+    def reply(self, check: str, most: int, ask: Callable[[], None] = lambda: None) -> tuple[dict[str, Any], bytes]:
+        """Ask, and receive the next message that is no report of the audit hook; RecordError for none in time."""
         late = threading.Event()
 
         def stop() -> None:
@@ -109,12 +116,14 @@ class Record:
         timer = threading.Timer(self.seconds, stop)
         timer.start()
         try:
+            ask()  # who does not read blocks this, too
             while True:
                 header, payload = receive(self.replies, most)
                 if "violation" not in header:
                     break
-                self.violations.setdefault(str(header["violation"])[:40], str(header.get("detail"))[:200])
-        except (EOFError, ValueError) as error:
+                name = str(header["violation"])
+                self.violations.setdefault(name if name in WATCHED else "violation", str(header.get("detail"))[:200])
+        except (EOFError, ValueError, RecursionError, OSError) as error:
             if late.is_set():
                 raise RecordError("time", f"no answer within {self.seconds:g} s") from None
             raise RecordError(check, f"its process ended or spoke nonsense: {self.last_words() or error}") from None
@@ -122,7 +131,7 @@ class Record:
             timer.cancel()
         if "error" in header:
             reason = str(header["error"])[:600]
-            raise RecordError("memory" if "memory" in reason.lower() else check, reason)
+            raise RecordError("memory" if OUT_OF_MEMORY.search(reason) else check, reason)
         return header, payload
 
     def last_words(self) -> str:
@@ -132,12 +141,8 @@ class Record:
         return lines[-1][:300] if lines else ""
 
     def request(self, do: str, ids: np.ndarray, most: int) -> tuple[dict[str, Any], bytes]:
-        try:
-            payload = np.ascontiguousarray(ids, "<i8").tobytes()
-            send(self.requests, {"do": do, "shape": list(ids.shape)}, payload)
-        except OSError:
-            raise RecordError("run", f"its process is gone: {self.last_words()}") from None
-        return self.reply("run", most)
+        header, payload = {"do": do, "shape": list(ids.shape)}, np.ascontiguousarray(ids, "<i8").tobytes()
+        return self.reply("run", most, lambda: send(self.requests, header, payload))
 
     def ask(self, do: str, ids: np.ndarray) -> torch.Tensor:
         """Send ids, int64 of any shape, and receive float32 values of that shape and the vocabulary."""
@@ -175,13 +180,28 @@ def load_split(folder: Path, tokenizer: Path, vocab_size: int, bos_id: int) -> t
     return tg.load_val_split(hp, config, sp, digest)
 
 
-def recount(split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id: int) -> Check:
-    """Whether the bytes of every document are those of its text: decoded where the tokenizer is lossless, else read."""
+def check_tokenizer(tokenizer: Path) -> Check:
+    """Whether the tokenizer is one: pieces of any length would be a model that counts no bytes."""
+    sp = Tokenizer(tokenizer.read_bytes(), tokenizer).sp
+    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size()) if not sp.is_byte(i) and not sp.is_control(i)]
+    longest = max(map(len, pieces))
+    reason = f"{len(pieces)} pieces of up to {longest} characters, {LONGEST_PIECE} are allowed"
+    return Check("tokenizer", longest <= LONGEST_PIECE, reason)
+
+
+def recount(split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id: int, own: bool) -> Check:
+    """Whether the bytes of every document are those of its text: decoded where the tokenizer is lossless, else read.
+
+    What cannot be counted is believed of data that the judge names, not of those that come with a record (`own`).
+    """
+    name, known = "bytes_of_text", split.identity["val_text_sha256"]
     if split.identity["val_accounting"] == "pieces":
-        return Check("bytes_of_text", True, "counted from the tokenizer's pieces: bytes of the normalised text")
+        remedy = "" if not own else ": in the record's own data that proves nothing, give --data and --tokenizer"
+        return Check(name, not own, f"counted from the tokenizer's pieces, bytes of the normalised text{remedy}")
     starts = np.flatnonzero(split.ids == bos_id)
-    counted = np.add.reduceat(split.bytes.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
-    known = split.identity["val_text_sha256"]
+    if not len(starts) or starts[0] > 0:
+        return Check(name, False, "its tokens do not start with a document: export the data again")
+    counted = np.add.reduceat(split.bytes.astype(np.int64), starts)
     if documents is not None:
         texts = [text for text in read_documents([documents]) if text.strip()]
     elif split.identity["tokenizer_lossless"] is True:
@@ -189,20 +209,20 @@ def recount(split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id:
         try:
             texts = [decoder.decode(ids[1:]) for ids in np.split(split.ids, starts)[1:]]
         except ValueError as error:
-            return Check("bytes_of_text", False, f"its tokens do not decode: {error}")
+            return Check(name, False, f"its tokens do not decode: {error}")
     else:
-        return Check("bytes_of_text", True, "taken from the sidecar: the tokenizer is not lossless, give --documents")
+        return Check(name, not own, "taken from the sidecar, the tokenizer is not lossless: --documents would count")
     hashed = hashlib.sha256()
     for text in texts:
         hashed.update(framed(text))
     lengths = np.array([len(text.encode()) for text in texts])
     if len(lengths) != len(counted) or bool((lengths != counted).any()):
         told = f"{len(counted)} documents of {counted.sum()} bytes"
-        return Check("bytes_of_text", False, f"the data tell {told}, the text has {len(lengths)} of {lengths.sum()}")
+        return Check(name, False, f"the data tell {told}, the text has {len(lengths)} of {lengths.sum()}")
     if hashed.hexdigest() != known:
-        return Check("bytes_of_text", False, f"the text has sha256 {hashed.hexdigest()}, the data say {known}")
+        return Check(name, False, f"the text has sha256 {hashed.hexdigest()}, the data say {known}")
     source = "the documents" if documents else "its tokens, decoded,"
-    return Check("bytes_of_text", True, f"{source} have {lengths.sum()} bytes in {len(lengths)} documents, as counted")
+    return Check(name, True, f"{source} have {lengths.sum()} bytes in {len(lengths)} documents, as counted")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,9 +231,10 @@ def recount(split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id:
 
 
 class Probe(NamedTuple):
-    """A place that was scored: what stood before it, and the distribution that the record gave."""
+    """A place that was scored: what stood before it, and what the record said."""
 
     position: int  # of the target, in the split
+    target: int
     row: np.ndarray  # everything before it in its row of the batch
     document: np.ndarray  # everything before it in its document, as far as the window reaches
     log_probs: torch.Tensor  # (V,)
@@ -264,13 +285,12 @@ def score_windows(
     config: tg.GPTConfig,
     rng: np.random.Generator,
 ) -> Pass:
-    """As `evaluate` of the root's script, window by window, remembering some places at random."""
+    """As `evaluate` of the root's script, window by window, remembering a place at random in some of the rows."""
     ids, seq_len = split.ids.astype(np.int64), config.eval_seq_len
     rows = tg.pack_rows(windows, split.ids, config)
     n_rows = max(1, min(tg.Hyperparameters().val_batch_size, tg.EVAL_LOGITS // config.vocab_size) // seq_len)
     n_rows = min(n_rows, len(rows))
-    places = np.concatenate([np.arange(w.first, w.last) for w in windows])
-    secret = set(rng.choice(places, min(PROBES, len(places)), replace=False).tolist())
+    secret = set(rng.choice(len(rows), min(PROBES, len(rows)), replace=False).tolist())
     remembered = int(rng.integers(math.ceil(len(rows) / n_rows)))
     documents = np.flatnonzero(split.ids == config.bos_id)
     nats, probes, kept, index = np.zeros(len(windows)), list[Probe](), None, 0
@@ -291,12 +311,14 @@ def score_windows(
         for i, column, (start, first, last) in cells:
             nats[index] = losses[i, column + first - 1 - start : column + last - 1 - start].double().sum()
             index += 1
-            for position in secret.intersection(range(first, last)):
-                at = column + position - 1 - start
-                opened = documents[documents < position]
-                document = max(start, int(opened[-1])) if len(opened) else start
-                log_probs = torch.log_softmax(logits[i, at], 0)
-                probes.append(Probe(position, inputs[i, : at + 1].numpy(), ids[document:position], log_probs))
+        for i in sorted(secret.intersection(range(begin, begin + n_rows))):
+            own = [(column, window) for row, column, window in cells if row == i - begin]
+            places = [(column, w.start, p) for column, w in own for p in range(w.first, w.last)]
+            column, start, position = places[int(rng.integers(len(places)))]
+            at, opened = column + position - 1 - start, documents[documents < position]
+            document = max(start, int(opened[-1])) if len(opened) else start
+            before, log_probs = inputs[i - begin, : at + 1].numpy(), torch.log_softmax(logits[i - begin, at], 0)
+            probes.append(Probe(position, int(ids[position]), before, ids[document:position], log_probs))
         if number == remembered:
             kept = inputs, targets, losses
     assert kept is not None
@@ -309,9 +331,9 @@ def score_fixed(record: Record, split: tg.ValSplit, sample: int, rng: np.random.
     units = units_of(windows, split, record.config)
     names = np.unique(units)
     if 0 < sample < len(names):
-        chosen = rng.choice(names, sample, replace=False)
-        windows = [w for w, unit in zip(windows, units, strict=True) if unit in chosen]
-        units = units[np.isin(units, chosen)]
+        chosen = set(rng.choice(names, sample, replace=False).tolist())
+        windows = [w for w, unit in zip(windows, units.tolist(), strict=True) if unit in chosen]
+        units = units[np.isin(units, list(chosen))]
     done = score_windows(record.logits, split, windows, record.config, rng)
     _, place = np.unique(units, return_inverse=True)
     n_bytes = np.array([int(split.bytes[w.first : w.last].sum(dtype=np.int64)) for w in windows])
@@ -325,24 +347,55 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.exp() - b.exp()).abs().sum() / 2)
 
 
-def probe_fixed(record: Record, done: Pass, document_masks: bool, close: float) -> list[Check]:
-    """Ask a fresh process, which never sees what follows, for what the scored one said."""
-    causal, alone = 0.0, 0.0
-    for probe in done.probes:
-        by_row = torch.log_softmax(record.logits(torch.from_numpy(probe.row)[None])[0, -1], 0)
-        causal = max(causal, distance(by_row, probe.log_probs))
-        if document_masks:
-            by_document = torch.log_softmax(record.logits(torch.from_numpy(probe.document)[None])[0, -1], 0)
-            alone = max(alone, distance(by_document, by_row))
+def ask_again(record: Record, contexts: Sequence[np.ndarray], shape: torch.Size) -> list[torch.Tensor]:
+    """The distribution after each context, one context a row, in batches of the shape that was scored."""
+    said: list[torch.Tensor] = []
+    for begin in tqdm(range(0, len(contexts), shape[0]), "ask again", unit=" batches", disable=None):
+        part, inputs = contexts[begin : begin + shape[0]], torch.zeros(shape, dtype=torch.int64)
+        for i, context in enumerate(part):
+            inputs[i, : len(context)] = torch.from_numpy(context)
+        logits = record.logits(inputs)
+        said += [torch.log_softmax(logits[i, len(context) - 1], 0) for i, context in enumerate(part)]
+    return said
+
+
+def apart(probes: Sequence[Probe]) -> list[Probe]:
+    """Probes of which none holds the target of another, as the rows of a small stride would: who is asked remembers."""
+    kept: list[Probe] = []
+    for probe in probes:
+        others = [(max(p.position, probe.position), min(p.position, probe.position), p) for p in kept]
+        if all(late - len(p.row if late == p.position else probe.row) > early for late, early, p in others):
+            kept.append(probe)
+    return kept
+
+
+def probe_fixed(record: Record, other: Record | None, done: Pass, close: float) -> list[Check]:
+    """Ask a fresh process, which never sees what follows, for what the scored one said.
+
+    `other`, where documents are masked, is one more: who saw a row could repeat for its last document what it said.
+    """
     inputs, targets, losses = done.batch
+    probes = apart(done.probes)
+    by_row = ask_again(record, [probe.row for probe in probes], inputs.shape)
+    checks = [compared("causal", "what follows", [probe.log_probs for probe in probes], by_row, probes, close)]
+    if other:
+        by_document = ask_again(other, [probe.document for probe in probes], inputs.shape)
+        checks.append(compared("documents", "the documents before", by_row, by_document, probes, close))
     again = float((tg.target_nats(record.logits(inputs), targets) - losses).abs().max())
-    n, same = len(done.probes), f"at most {close:g} is rounding"
-    checks = [Check("causal", causal <= close, f"{n} places without what follows: distance {causal:.2g}, {same}")]
-    if document_masks:
-        reason = f"{n} places without the documents before: distance {alone:.2g}, {same}"
-        checks.append(Check("documents", alone <= close, reason))
-    fine = again <= 20 * close
-    return [*checks, Check("deterministic", fine, f"a batch again in a second process: differs by {again:.2g} nats")]
+    reason = f"a batch again in a second process: differs by {again:.2g} nats"
+    return [*checks, Check("deterministic", again <= 20 * close, reason)]
+
+
+def compared(
+    name: str, what: str, told: list[torch.Tensor], blind: list[torch.Tensor], probes: Sequence[Probe], close: float
+) -> Check:
+    """Whether distributions stay the same without some context: nearly so everywhere, and on average at the target."""
+    far = max(distance(x, y) for x, y in zip(told, blind, strict=True))
+    gains = np.array([float((x - y)[p.target]) for x, y, p in zip(told, blind, probes, strict=True)])
+    gain, chance = float(gains.mean()), 3 * float(gains.std()) / math.sqrt(len(gains))
+    found = f"distance {far:.2g}, at most {close:g} is rounding; {gain:+.2g} nats per token"
+    reason = f"{len(probes)} places without {what}: {found}"
+    return Check(name, far <= close and gain <= min(chance, 0.01) + GAIN, reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,44 +404,47 @@ def probe_fixed(record: Record, done: Pass, document_masks: bool, close: float) 
 
 
 def score_adaptive(
-    record: Record, split: tg.ValSplit, documents: int, rng: np.random.Generator, close: float
+    record: Record, twin: Record, split: tg.ValSplit, documents: int, rng: np.random.Generator, close: float
 ) -> tuple[Scored, list[Check]]:
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
-    Some chunks are first shown with other text from a secret place on: what was said up to there must not change.
+    `twin`, a process of its own because the scored one would remember, observes the same, but is asked for some chunks
+    with other, older text from a secret place on: what looks ahead in a chunk says something else there.
     """
     ids, size = split.ids.astype(np.int64), record.config.eval_seq_len
     starts = np.flatnonzero(ids == record.config.bos_id)
     end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
     chunks = [(a, min(a + size, end)) for a in range(1, end, size)]
     probed = set(rng.choice(len(chunks), min(PROBES, len(chunks)), replace=False).tolist())
-    worst = {"normalised": 0.0, "causal": 0.0, "side_effects": 0.0}
+    normalised = repeated = 0.0
+    told, blind, probes = list[torch.Tensor](), list[torch.Tensor](), list[Probe]()
     nats = np.zeros(end)
-    record.observe(ids[:1])
+    for process in (record, twin):
+        process.observe(ids[:1])
     for number, (a, b) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
         chunk, cut = ids[a:b], int(rng.integers(b - a))
-        if number in probed:
-            elsewhere = int(rng.integers(len(ids) - size)) if len(ids) > size else 0  # text, and no noise to tell it by
-            altered = record.predict(np.concatenate([chunk[:cut], ids[elsewhere : elsewhere + b - a - cut]]))
         log_probs = record.predict(chunk)
-        worst["normalised"] = max(worst["normalised"], float(log_probs.logsumexp(1).abs().max()))
+        total = log_probs.logsumexp(1, keepdim=True)
+        normalised, log_probs = max(normalised, float(total.abs().max())), log_probs - total
         if number in probed:
-            rows = [distance(x, y) for x, y in zip(altered[: cut + 1], log_probs, strict=False)]
-            worst["causal"] = max(worst["causal"], *rows)
+            past = int(rng.integers(a))  # text it knows, and no noise to tell it by
+            altered = twin.predict(np.concatenate([chunk[:cut], np.resize(ids[past:a], b - a - cut)]))
+            told.append(log_probs[cut].clone())
+            blind.append(altered[cut] - altered[cut].logsumexp(0))
+            probes.append(Probe(a + cut, int(chunk[cut]), chunk[:cut], chunk[:cut], told[-1]))
             again = record.predict(chunk)
-            worst["side_effects"] = max(worst["side_effects"], float((again.exp() - log_probs.exp()).abs().max()))
+            repeated = max(repeated, float((again.softmax(1) - log_probs.exp()).abs().max()))
         nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
-        record.observe(chunk)
+        for process in (record, twin):
+            process.observe(chunk)
     first = np.maximum(np.searchsorted(starts, np.arange(1, end) - 1, side="right"), 1) - 1
     sums = np.bincount(first, nats[1:]), np.bincount(first, split.bytes[1:end])
-    texts = {
-        "normalised": ("log of the sum of probabilities", NORMALISED),
-        "causal": (f"{len(probed)} chunks with another end: distance", close),
-        "side_effects": (f"{len(probed)} chunks predicted twice: difference", REPEATED),
-    }
+    reason = f"log of the sum of probabilities {normalised:.2g}, at most {NORMALISED:g} is rounding"
+    twice = f"{len(probed)} chunks predicted twice: probabilities differ by {repeated:.2g}, at most {REPEATED:g}"
     checks = [
-        Check(name, worst[name] <= most, f"{text} {worst[name]:.2g}, at most {most:g} is rounding")
-        for name, (text, most) in texts.items()
+        Check("normalised", normalised <= NORMALISED, reason),
+        compared("causal", "what follows in the chunk", told, blind, probes, close),
+        Check("side_effects", repeated <= REPEATED, twice),
     ]
     return Scored(*sums, end - 1, len(starts)), checks
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 NAMESPACES = ("--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--uts")
 UNSHARE = ["unshare", *NAMESPACES, "--fork", "--kill-child"]
+MOST_PROCESSES = 256  # threads count
 SETPRIV = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
 SYSTEM = (
     "/usr",
@@ -44,9 +45,9 @@ class Bind(NamedTuple):
 
 
 class Limits(NamedTuple):
-    memory_bytes: int = 8 * 2**30  # of address space
-    file_bytes: int = 2**28  # of a file that it writes, and of all in its /tmp
-    open_files: int = 512
+    memory_bytes: int = 8 * 2**30  # of address space, of each process
+    file_bytes: int = 2**24  # of a file that it writes, and of all in its /tmp
+    open_files: int = 64
 
 
 @functools.cache
@@ -67,18 +68,27 @@ class Sandboxed:
     def __init__(
         self, program: Sequence[str], binds: Sequence[Bind], limits: Limits, env: dict[str, str], **pipes: Any
     ) -> None:
-        env = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8", **env}
+        ours = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8"}
+        walls = isolation() == "namespaces"
         self.root = Path(tempfile.mkdtemp(prefix="sandbox"))  # a name to mount on; the mounts go with the process
-        if isolation() == "namespaces":
-            spec = {"root": str(self.root), "program": program, "binds": binds, "bytes": limits.file_bytes}
+        if walls:  # `env`, which a record may have written, holds inside only
+            spec = {"root": str(self.root), "program": program, "binds": binds, "bytes": limits.file_bytes, "env": env}
             command = [*UNSHARE, sys.executable, "-I", str(Path(__file__).resolve()), json.dumps(spec, default=str)]
         else:
             outside = {bind.inside: str(bind.outside) for bind in binds}
             command = [sys.executable, "-I", *[outside.get(word, word) for word in program]]
         limit = functools.partial(set_limits, limits)
+        env = ours if walls else env | ours
         self.popen = subprocess.Popen(command, env=env, preexec_fn=limit, start_new_session=True, **pipes)
 
     def kill(self) -> None:
+        """Stop everything, also what left the process group: the first process inside ends its namespace with it."""
+        if self.popen.poll() is not None:
+            return  # its id may be another's by now
+        with contextlib.suppress(OSError):  # none, or no /proc
+            children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
@@ -109,7 +119,7 @@ def build_root(root: str, binds: Sequence[Sequence[Any]], size: int) -> None:
     """Inside the new namespaces: make the root folder and enter it."""
     mount("-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", root)
     interpreter = [[p, p, False] for p in dict.fromkeys((*SYSTEM, sys.base_prefix, sys.prefix)) if os.path.exists(p)]
-    devices = [[f"/dev/{name}", f"/dev/{name}", True] for name in ("null", "zero", "random", "urandom")]
+    devices = [[f"/dev/{name}", f"/dev/{name}", False] for name in ("null", "zero", "random", "urandom")]
     for outside, inside, writable in [*interpreter, *devices, *binds]:
         target = root + inside
         if os.path.isdir(outside):
@@ -140,8 +150,12 @@ def run(*words: str) -> None:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    with contextlib.suppress(OSError):  # no namespaces in namespaces
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
     build_root(spec["root"], spec["binds"], spec["bytes"])
-    os.execvp(SETPRIV[0], [*SETPRIV, sys.executable, "-I", *spec["program"]])
+    resource.setrlimit(resource.RLIMIT_NPROC, (MOST_PROCESSES, MOST_PROCESSES))  # the kernel exempts the real root
+    command = [*SETPRIV, sys.executable, "-I", *spec["program"]]
+    os.execve(shutil.which(SETPRIV[0]) or SETPRIV[0], command, spec["env"] | dict(os.environ))
 
 
 if __name__ == "__main__":

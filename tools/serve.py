@@ -22,7 +22,6 @@ EVENTS = {  # of sys.addaudithook, by the name under which the judge reports the
     "programs": ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
     "pickle": ("pickle.find_class",),
 }
-NAMES = {event: name for name, events in EVENTS.items() for event in events}
 READABLE = ("/usr", "/lib", "/proc", "/sys", "/dev", "/etc/ld.so", sys.prefix, sys.base_prefix)
 
 
@@ -49,12 +48,14 @@ def receive(file: IO[bytes], most: int = 2**31) -> tuple[dict[str, Any], bytes]:
 
 def watch(out: IO[bytes], own_files: tuple[str, ...]) -> None:
     """From now on, tell the judge of forbidden events, and refuse them."""
+    readable = READABLE  # and `names`: out of the reach of a script that looks for them in this module
+    names = {event: name for name, events in EVENTS.items() for event in events}
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        name = NAMES.get(event, "")
+        name = names.get(event, "")
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            name = "" if path.startswith(READABLE) or path in own_files else "files_read"
+            name = "" if path.startswith(readable) or path in own_files else "files_read"
         if name:
             detail = f"{event} {args[0]!s:.120}" if args else event
             send(out, {"violation": name, "detail": detail})

@@ -188,7 +188,7 @@ def load_tracks() -> tuple[int, dict[str, Track]]:
 
 
 def load_rules() -> Any:
-    """records/tracks.json: the tracks, and the `packages` that a script may import and that count no bytes."""
+    """records/tracks.json: the tracks, and the packages and modules that a script may import, which count no bytes."""
     return json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
 
 

@@ -88,6 +88,7 @@ def options(folder: Path, **changed: object) -> SimpleNamespace:
         "seed": None,
         "run_seed": "",
         "timeout": 60.0,
+        "train_timeout": 200.0,
         "memory": 8.0,
         "artifact": None,
     }
@@ -656,6 +657,16 @@ def test_a_missing_file_is_named(honest, tmp_path, name):
     assert any(name in check.reason for check in wrong), wrong
 
 
+def test_praise_by_the_author_counts_for_nothing(honest, tmp_path):
+    folder = tmp_path / "track_non_record_16mb" / honest.name
+    shutil.copytree(honest, folder)
+    s = sub.load_submission(folder)
+    sub.add_review(folder, sub.Review("2026-01-01", s.author.upper(), "reproduced", s.code_sha256))
+    assert failed(verify.static_checks(folder)) == {"reviews"}
+    (folder / "reviews.json").write_text("{}")
+    assert failed(verify.static_checks(folder)) == {"reviews"}
+
+
 def test_files_that_are_none_of_a_record_are_refused(honest, tmp_path):
     folder = tmp_path / "track_non_record_16mb" / honest.name
     shutil.copytree(honest, folder)
@@ -760,7 +771,7 @@ def test_training_on_the_validation_text_is_caught(text, tmp_path, run_script, r
     folder = next((tmp_path / "track_non_record_16mb").iterdir())
     assert failed(verify.static_checks(folder)) == set()
     assert failed(rescored(folder, unseen=text.parent / "unseen")) == {"unseen"}
-    checks, _ = verify.rerun(folder, sub.load_submission(folder), options(folder, data=text, timeout=200.0))
+    checks, _ = verify.rerun(folder, sub.load_submission(folder), options(folder, data=text))
     assert failed(checks) == {"rerun"}, checks
 
 

@@ -70,7 +70,8 @@ def static_checks(folder: Path) -> list[Check]:
         return [*checks, Check("logs", False, f"{error}")]
     checks += [check_summary(folder, submission, runs), check_logs(submission, logs), check_seeds(folder, submission)]
     checks += [check_bytes(folder, submission), check_clock(submission, runs, logs), check_targets(submission)]
-    return [*checks, check_implied_bytes(submission), check_data(folder, submission), check_lineage(folder, submission)]
+    checks += [check_implied_bytes(submission), check_data(folder, submission), check_lineage(folder, submission)]
+    return [*checks, check_reviews(folder, submission)]
 
 
 def read_text(path: Path) -> str:
@@ -391,6 +392,19 @@ def check_lineage(folder: Path, s: sub.Submission) -> Check:
     return Check("lineage", True, f"{lines.count('+')} lines more and {lines.count('-')} less than {s.base}")
 
 
+def check_reviews(folder: Path, s: sub.Submission) -> Check:
+    """Whether those who confirm a record are others than its author."""
+    try:
+        reviews = sub.load_reviews(folder)
+    except ValueError as error:
+        return Check("reviews", False, f"{error}")
+    own = {s.author.casefold(), s.github_id.casefold()}
+    wrong = [
+        f"{r.date}: {r.kind} by its author" for r in reviews if r.kind != "disputed" and r.reviewer.casefold() in own
+    ]
+    return verdict("reviews", wrong[:6], f"{len(reviews)}, none of them praise of one's own")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Scoring the artifact again
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +427,7 @@ def rescore(
     try:
         with judge.Record(script, artifact, s.predictor_class, limits, args.timeout, violations) as record:
             config = record.config
-            checks.append(Check("load", True, f"context {config.eval_seq_len}, windows by {config.eval_method}"))
+            checks.append(check_config(config, s))
             split = judge.load_split(data, tokenizer, config.vocab_size, config.bos_id)
             own = data == sub.data_path(args.folder.resolve())
             checks += [check_identity(split.identity, s), judge.check_tokenizer(tokenizer)]
@@ -447,6 +461,19 @@ def seed_of(s: sub.Submission, artifact: Path) -> str:
     """The seed whose run wrote the artifact, or an empty name."""
     digest = sub.sha256(artifact.read_bytes())
     return next((seed for seed, result in s.seed_results.items() if result.artifact_sha256 == digest), "")
+
+
+def check_config(config: Any, s: sub.Submission) -> Check:
+    """Whether the windows that the artifact asks for are those of the settings."""
+    from serve import JUDGED
+
+    told = {name: s.settings[name] for name in JUDGED if name in s.settings}
+    wrong = [
+        f"{name} is {getattr(config, name)}, its settings say {v}"
+        for name, v in told.items()
+        if getattr(config, name) != v
+    ]
+    return verdict("load", wrong, f"context {config.eval_seq_len}, windows by {config.eval_method}")
 
 
 def check_identity(found: Mapping[str, Any], s: sub.Submission) -> Check:
@@ -511,7 +538,8 @@ def rerun(folder: Path, s: sub.Submission, args: argparse.Namespace) -> tuple[li
         training = judge.Training(sub.script_path(folder), s.settings, seed, args.data, args.tokenizer)
         limits = Limits(memory_bytes=int(args.memory * 2**30), file_bytes=2**28, open_files=512)
         try:
-            judge.train_again(training, out, limits, args.timeout)
+            most = args.train_timeout or 1800 + 2 * float(s.settings.get("max_wallclock_seconds") or 0)
+            judge.train_again(training, out, limits, most)
             if any(path.is_symlink() for path in out.iterdir()):
                 raise ValueError("it left links, which would be followed out of the sandbox")
             artifact = next(path for path in sorted(out.glob("final_model.*.ptz")) if path.is_file())
@@ -597,7 +625,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="documents to score (class B: the first N)")
     parser.add_argument("--seed", type=int, help="of the sample and of the secret places; default: none can know")
     parser.add_argument("--run-seed", default="", help="which seed --rerun trains; default: the first")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer, or for a training")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer")
+    parser.add_argument("--train-timeout", type=float, help="seconds for a training; default: 1800 + twice its limit")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space for the record's code")
     parser.add_argument("--sign", default="", metavar="NAME", help="add what was found to reviews.json")
     parser.add_argument("--json", action="store_true")

@@ -490,11 +490,11 @@ def test_walls_hold_without_the_audit_hook(tmp_path):
     secret.write_text("x")
     program = tmp_path / "program.py"
     program.write_text(f"""
-import json, os, socket
+import json, os, socket, subprocess
 def tried(act):
     try:
         act()
-    except OSError as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         return type(error).__name__
     return "done"
 print(json.dumps([
@@ -503,6 +503,8 @@ print(json.dumps([
     tried(lambda: open("/tmp/x", "w")),
     tried(lambda: socket.create_connection(("127.0.0.1", 22), 1)),
     tried(lambda: os.chroot("/tmp")),
+    tried(lambda: subprocess.run(["unshare", "--user", "true"], check=True, stderr=subprocess.DEVNULL)),
+    tried(lambda: os.utime("/dev/null")),
     [name for _, name in socket.if_nameindex()],
     sorted(os.listdir("/")),
 ]))
@@ -512,9 +514,10 @@ print(json.dumps([
     out = json.loads(inside.popen.communicate()[0])
     inside.close()
     assert out[:3] == ["FileNotFoundError", "OSError", "done"]
-    assert out[3:6] == ["OSError", "PermissionError", ["lo"]]
-    assert "x" in out[6]
-    assert "home" not in out[6]
+    assert out[3:7] == ["OSError", "PermissionError", "CalledProcessError", "OSError"]
+    assert out[7] == ["lo"]
+    assert "x" in out[8]
+    assert "home" not in out[8]
     assert not inside.root.exists()
 
 

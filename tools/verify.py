@@ -9,8 +9,8 @@ The text is that of the record's own data/, or of --data with --tokenizer. --doc
 tokenizer is not lossless; --unseen another text of the same source: what was trained on one is better there than here.
 --json prints the checks as JSON. --sign NAME adds what --rescore or --rerun found to the record's reviews.json.
 
-Run it as an ordinary user, whom the kernel's limits hold. The causal checks find a leak at one place in a hundred nearly
-always, at one in a thousand two times in five.
+Run it as an ordinary user, whom the kernel's limits hold. The causal checks find a leak at one place in 100 almost
+always, at one in 1,000 two times in five.
 """
 
 from __future__ import annotations

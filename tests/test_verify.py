@@ -441,6 +441,8 @@ def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_record_that_cheats_is_caught_by_name(caught, name):
+    if name == "outlives its end" and not WALLS:
+        pytest.skip("no user namespaces here: it leads its session already, and fails to leave it")
     expected = CHEATS[name][2]
     found = failed(caught[name])
     assert expected in found if expected else found <= {"score"}, caught[name]

@@ -776,7 +776,7 @@ def test_training_on_the_validation_text_is_caught(text, tmp_path, run_script, r
     folder = next((tmp_path / "track_non_record_16mb").iterdir())
     assert failed(verify.static_checks(folder)) == set()
     assert failed(rescored(folder, unseen=text.parent / "unseen")) == {"unseen"}
-    checks, _ = verify.rerun(folder, sub.load_submission(folder), options(folder, data=text))
+    checks, _ = verify.rerun(folder, sub.load_submission(folder), options(folder, data=text, run_seed="1"))
     assert failed(checks) == {"rerun"}, checks
 
 

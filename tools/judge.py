@@ -253,6 +253,11 @@ class Scored(NamedTuple):
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
     @property
+    def whole(self) -> bool:
+        """Whether every unit of the split was scored."""
+        return len(self.nats) == self.n_units
+
+    @property
     def interval(self) -> float:
         """Half width of the 95 % interval of bpb as that of the text the units are a sample of (ratio estimator)."""
         n = len(self.nats)
@@ -374,27 +379,28 @@ def probe_fixed(record: Record, other: Record | None, done: Pass, close: float) 
 
     `other`, where documents are masked, is one more: who saw a row could repeat for its last document what it said.
     """
-    inputs, targets, losses = done.batch
+    inputs, answers, losses = done.batch
     probes = apart(done.probes)
+    targets = [probe.target for probe in probes]
     by_row = ask_again(record, [probe.row for probe in probes], inputs.shape)
-    checks = [compared("causal", "what follows", [probe.log_probs for probe in probes], by_row, probes, close)]
+    checks = [compared("causal", "what follows", [probe.log_probs for probe in probes], by_row, targets, close)]
     if other:
         by_document = ask_again(other, [probe.document for probe in probes], inputs.shape)
-        checks.append(compared("documents", "the documents before", by_row, by_document, probes, close))
-    again = float((tg.target_nats(record.logits(inputs), targets) - losses).abs().max())
+        checks.append(compared("documents", "the documents before", by_row, by_document, targets, close))
+    again = float((tg.target_nats(record.logits(inputs), answers) - losses).abs().max())
     reason = f"a batch again in a second process: differs by {again:.2g} nats"
     return [*checks, Check("deterministic", again <= 20 * close, reason)]
 
 
 def compared(
-    name: str, what: str, told: list[torch.Tensor], blind: list[torch.Tensor], probes: Sequence[Probe], close: float
+    name: str, what: str, told: list[torch.Tensor], blind: list[torch.Tensor], targets: Sequence[int], close: float
 ) -> Check:
     """Whether distributions stay the same without some context: nearly so everywhere, and on average at the target."""
     far = max(distance(x, y) for x, y in zip(told, blind, strict=True))
-    gains = np.array([float((x - y)[p.target]) for x, y, p in zip(told, blind, probes, strict=True)])
+    gains = np.array([float((x - y)[target]) for x, y, target in zip(told, blind, targets, strict=True)])
     gain, chance = float(gains.mean()), 3 * float(gains.std()) / math.sqrt(len(gains))
     found = f"distance {far:.2g}, at most {close:g} is rounding; {gain:+.2g} nats per token"
-    reason = f"{len(probes)} places without {what}: {found}"
+    reason = f"{len(targets)} places without {what}: {found}"
     return Check(name, far <= close and gain <= min(chance, 0.01) + GAIN, reason)
 
 
@@ -417,7 +423,7 @@ def score_adaptive(
     chunks = [(a, min(a + size, end)) for a in range(1, end, size)]
     probed = set(rng.choice(len(chunks), min(PROBES, len(chunks)), replace=False).tolist())
     normalised = repeated = 0.0
-    told, blind, probes = list[torch.Tensor](), list[torch.Tensor](), list[Probe]()
+    told, blind, targets = list[torch.Tensor](), list[torch.Tensor](), list[int]()
     nats = np.zeros(end)
     for process in (record, twin):
         process.observe(ids[:1])
@@ -431,7 +437,7 @@ def score_adaptive(
             altered = twin.predict(np.concatenate([chunk[:cut], np.resize(ids[past:a], b - a - cut)]))
             told.append(log_probs[cut].clone())
             blind.append(altered[cut] - altered[cut].logsumexp(0))
-            probes.append(Probe(a + cut, int(chunk[cut]), chunk[:cut], chunk[:cut], told[-1]))
+            targets.append(int(chunk[cut]))
             again = record.predict(chunk)
             repeated = max(repeated, float((again.softmax(1) - log_probs.exp()).abs().max()))
         nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
@@ -443,7 +449,7 @@ def score_adaptive(
     twice = f"{len(probed)} chunks predicted twice: probabilities differ by {repeated:.2g}, at most {REPEATED:g}"
     checks = [
         Check("normalised", normalised <= NORMALISED, reason),
-        compared("causal", "what follows in the chunk", told, blind, probes, close),
+        compared("causal", "what follows in the chunk", told, blind, targets, close),
         Check("side_effects", repeated <= REPEATED, twice),
     ]
     return Scored(*sums, end - 1, len(starts)), checks

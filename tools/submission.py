@@ -187,6 +187,11 @@ def load_tracks() -> tuple[int, dict[str, Track]]:
     return rules["rules_version"], {name: from_json(Track, track, name) for name, track in rules["tracks"].items()}
 
 
+def track_of(submission: Submission) -> Track | None:
+    """None for a track that records/tracks.json does not have."""
+    return load_tracks()[1].get(submission.track)
+
+
 def load_rules() -> Any:
     """records/tracks.json: the tracks, and the packages and modules that a script may import, which count no bytes."""
     return json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
@@ -720,14 +725,9 @@ def import_published(folder: Path) -> Imported:
     if not list(folder.glob("*.ptz")):
         missing.append("the artifact, so that the score cannot be computed again without training")
     missing += [f"submission.json: {name}" for name in ours if name not in known and name != "benchmarks"]
-    missing += [f"submission.json: {name} of a known meaning (it has {k!r})" for name, k in unread(theirs)]
+    read = {"seeds", *ours, *(key for keys in ALIASES.values() for key in keys)}
+    missing += [f"submission.json: a key of a known meaning (it has {key!r})" for key in theirs if key not in read]
     return Imported(known, seeds, missing)
-
-
-def unread(theirs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Their keys that have no place here."""
-    read = {key for keys in ALIASES.values() for key in keys} | {f.name for f in dataclasses.fields(Submission)}
-    return [("a key", key) for key in theirs if key not in read | {"seeds"}]
 
 
 def show_import(args: argparse.Namespace) -> int:

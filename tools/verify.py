@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
 import io
 import json
 import math
@@ -72,7 +73,7 @@ def static_checks(folder: Path) -> list[Check]:
     except (ValueError, OSError) as error:
         return [*checks, Check("logs", False, f"{error}")]
     checks += [check_summary(folder, submission, runs), check_logs(submission, logs), check_seeds(folder, submission)]
-    checks += [check_bytes(folder, submission), check_clock(submission, runs, logs), check_targets(submission)]
+    checks += [check_bytes(folder, submission), check_clock(submission, logs), check_targets(submission)]
     checks += [check_implied_bytes(submission), check_data(folder, submission), check_lineage(folder, submission)]
     return [*checks, check_reviews(folder, submission)]
 
@@ -275,8 +276,8 @@ def check_logs(s: sub.Submission, logs: Mapping[str, sub.RunLog]) -> Check:
 
 
 def check_seeds(folder: Path, s: sub.Submission) -> Check:
-    _, tracks = sub.load_tracks()
-    least = tracks[s.track].min_seeds if s.track in tracks else 1
+    track = sub.track_of(s)
+    least = track.min_seeds if track else 1
     wrong = [] if len(s.seed_results) >= least else [f"{len(s.seed_results)} seeds, the track wants {least}"]
     lying = {path.stem.removeprefix("train_seed") for path in folder.glob("train_seed*.*")}
     wrong += [
@@ -288,8 +289,8 @@ def check_seeds(folder: Path, s: sub.Submission) -> Check:
 
 def check_bytes(folder: Path, s: sub.Submission) -> Check:
     """Recounts the sizes from the files."""
-    _, tracks = sub.load_tracks()
-    cap = tracks[s.track].max_total_bytes if s.track in tracks else None
+    track = sub.track_of(s)
+    cap = track.max_total_bytes if track else None
     script, artifact = sub.script_path(folder), sub.artifact_path(folder)
     wrong = []
     if script.is_file() and script.stat().st_size != s.bytes_code:
@@ -311,10 +312,9 @@ def check_bytes(folder: Path, s: sub.Submission) -> Check:
     return verdict("bytes", wrong[:6], f"at most {s.bytes_total} of {cap or 'any number of'} bytes; {held}")
 
 
-def check_clock(s: sub.Submission, runs: Mapping[str, Any], logs: Mapping[str, sub.RunLog]) -> Check:
+def check_clock(s: sub.Submission, logs: Mapping[str, sub.RunLog]) -> Check:
     """Whether the ledger respects the track's limits, and the log the ledger."""
-    _, tracks = sub.load_tracks()
-    track = tracks.get(s.track)
+    track = sub.track_of(s)
     wrong = []
     for seed, result in s.seed_results.items():
         ledger = result.ledger_seconds
@@ -426,9 +426,10 @@ def rescore(
     limits = Limits(memory_bytes=int(args.memory * 2**30))
     checks = [Check("isolation", True, isolation())]
     violations: dict[str, str] = {}
+    fresh = functools.partial(judge.Record, script, artifact, s.predictor_class, limits, args.timeout, violations)
     scored = None
     try:
-        with judge.Record(script, artifact, s.predictor_class, limits, args.timeout, violations) as record:
+        with fresh() as record:
             config = record.config
             checks.append(check_config(config, s))
             split = judge.load_split(data, tokenizer, config.vocab_size, config.bos_id)
@@ -441,17 +442,12 @@ def rescore(
                 if args.unseen:
                     checks.append(check_unseen(record, scored, tokenizer, args, rng))
             else:
-                with judge.Record(script, artifact, "B", limits, args.timeout, violations) as twin:
+                with fresh() as twin:
                     scored, more = judge.score_adaptive(record, twin, split, args.sample, rng, close)
                 checks += more
         if s.predictor_class == "A":
-            with contextlib.ExitStack() as stack:
-                fresh = [judge.Record(script, artifact, "A", limits, args.timeout, violations)]
-                stack.enter_context(fresh[0])
-                if config.document_masks:
-                    fresh.append(judge.Record(script, artifact, "A", limits, args.timeout, violations))
-                    stack.enter_context(fresh[1])
-                checks += judge.probe_fixed(fresh[0], fresh[-1] if config.document_masks else None, done, close)
+            with fresh() as record, fresh() if config.document_masks else contextlib.nullcontext() as other:
+                checks += judge.probe_fixed(record, other, done, close)
     except judge.RecordError as error:
         checks.append(Check(error.check, False, str(error)))
     except (ValueError, OSError) as error:
@@ -491,7 +487,7 @@ def check_identity(found: Mapping[str, Any], s: sub.Submission) -> Check:
 
 def check_score(name: str, scored: judge.Scored, claim: float, margin: float) -> Check:
     """Whether a score is what was claimed; one that was trained again (rerun) may be better."""
-    whole = len(scored.nats) == scored.n_units
+    whole = scored.whole
     if not whole and scored.interval > WIDEST_INTERVAL:
         return Check(name, False, f"+- {scored.interval:.3f} from {len(scored.nats)} units says little: --sample more")
     wide = margin if whole else margin + 1.5 * scored.interval  # 3 deviations
@@ -527,18 +523,17 @@ def rerun(folder: Path, s: sub.Submission, args: argparse.Namespace) -> tuple[li
     import judge
     from sandbox import Limits, isolation
 
-    seed = args.run_seed or next(iter(s.seed_results))
     if isolation() != "namespaces":
         reason = f"the validation text cannot be hidden from the script ({isolation()})"
         return [Check("isolation", False, reason)], None
     if " cpu:" not in s.hardware:
         reason = f"the run was made on {s.hardware}; here it would train on the CPU, and say nothing about the claim"
         return [Check("hardware", False, reason)], None
-    track = sub.load_tracks()[1].get(s.track)
+    track = sub.track_of(s)
     with tempfile.TemporaryDirectory(prefix="rerun") as name:
         out = Path(name, "out")
         out.mkdir()
-        training = judge.Training(sub.script_path(folder), s.settings, seed, args.data, args.tokenizer)
+        training = judge.Training(sub.script_path(folder), s.settings, args.run_seed, args.data, args.tokenizer)
         limits = Limits(memory_bytes=int(args.memory * 2**30), file_bytes=2**28, open_files=512)
         try:
             most = args.train_timeout or 1800 + 2 * float(s.settings.get("max_wallclock_seconds") or 0)
@@ -552,12 +547,11 @@ def rerun(folder: Path, s: sub.Submission, args: argparse.Namespace) -> tuple[li
         except (ValueError, KeyError, TypeError, OSError, StopIteration) as error:
             return [Check("train", False, f"it cannot be trained again, or left no artifact: {error!r:.300}")], None
         size, cap = artifact.stat().st_size + s.bytes_code, track.max_total_bytes if track else None
-        late = (
-            track is not None and track.max_train_seconds is not None and again.train_seconds > track.max_train_seconds
-        )
+        allowed = track.max_train_seconds if track else None
+        late = allowed is not None and again.train_seconds > allowed
         spent = f"{size} bytes in all, {again.train_seconds:.1f} s of training"
         fits = not late and (cap is None or size <= cap)
-        trained = Check("train", fits, f"seed {seed}, validation text hidden: {spent}")
+        trained = Check("train", fits, f"seed {args.run_seed}, validation text hidden: {spent}")
         checks, scored = rescore(sub.script_path(folder), artifact, s, args)
         if scored is not None:
             margin = min(max(RERUN_SCORE, 5 * (s.val_bpb_std or 0.0)), MOST_RERUN_SCORE)
@@ -573,7 +567,6 @@ def rerun(folder: Path, s: sub.Submission, args: argparse.Namespace) -> tuple[li
 def sign(folder: Path, s: sub.Submission, scored: judge.Scored, args: argparse.Namespace) -> None:
     import judge
 
-    whole = len(scored.nats) == scored.n_units
     review = sub.Review(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         reviewer=args.sign,
@@ -581,7 +574,7 @@ def sign(folder: Path, s: sub.Submission, scored: judge.Scored, args: argparse.N
         code_sha256=s.code_sha256,
         seed=args.run_seed,
         val_bpb=scored.bpb,
-        val_bpb_interval=None if whole else scored.interval,
+        val_bpb_interval=None if scored.whole else scored.interval,
         judge_version=judge.tg.JUDGE_VERSION,
         hardware=f"{os.cpu_count()}x {platform.machine()}",
     )
@@ -597,6 +590,7 @@ def verify(args: argparse.Namespace) -> list[Check]:
     args.data = args.data or sub.data_path(folder)
     args.tokenizer = args.tokenizer or args.data / "tokenizer.model"
     if args.rerun:
+        args.run_seed = args.run_seed or next(iter(s.seed_results))
         more, scored = rerun(folder, s, args)
     elif artifact is None:
         return [*checks, Check("artifact", False, "there is none in the folder: name it with --artifact")]

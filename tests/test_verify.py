@@ -422,19 +422,20 @@ def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
     """The checks of every record that cheats, three at a time: some only wait."""
     root = tmp_path_factory.mktemp("cheats")
 
-    def run(name: str) -> dict[str, verify.Check]:
+    def cheat(name: str) -> Path:
         code, predictor_class, _ = CHEATS[name]
         code = code.replace("VAL", str(honest / "data" / "fineweb_val_000000.bin"))
-        changes = {}
-        target = root / name / honest.name
-        if name == "pickle bomb":
-            changes["artifact_sha256"] = sub.sha256(pickle.dumps(Bomb()))
-        folder = forge(honest, target, code, changes, predictor_class=predictor_class)
+        changes = {"artifact_sha256": sub.sha256(pickle.dumps(Bomb()))} if name == "pickle bomb" else {}
+        folder = forge(honest, root / name / honest.name, code, changes, predictor_class=predictor_class)
         if name == "pickle bomb":
             sub.artifact_path(folder).write_bytes(pickle.dumps(Bomb()))
-        seconds = 12.0 if CHEATS[name][2] == "time" else 60.0
-        return rescored(folder, timeout=seconds, memory=12.0, seed=1)
+        return folder
 
+    def run(name: str) -> dict[str, verify.Check]:
+        seconds = 12.0 if CHEATS[name][2] == "time" else 60.0
+        return rescored(folders[name], timeout=seconds, memory=12.0, seed=1)
+
+    folders = {name: cheat(name) for name in CHEATS}  # outside the threads: ast.parse is not safe there (gh-106905)
     with ThreadPoolExecutor(3) as pool:
         return dict(zip(CHEATS, pool.map(run, CHEATS), strict=True))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import json
 import math
 import re
@@ -42,7 +43,9 @@ import train_gpt as tg  # noqa: E402
 OUT_OF_MEMORY = re.compile(r"^MemoryError|can't allocate memory|std::bad_alloc")
 WATCHED = {*EVENTS, "files_read"}
 SERVE = Path(__file__).with_name("serve.py")
-PROBES = 512  # rows of which a part is asked again in another process, at most
+PROBES = 512  # places at random that are asked again in another process, at most; half as many where it knew a lot
+ASKED_ROWS, MOST_TURNS = 32, 8  # of a batch that asks again; one after the other
+BACKOFF, LIKELIER = 8.0, 12.0  # of the bigram model; most nats by which a prediction is likelier than its
 CLOSE = {"float32": 1e-4, "bfloat16": 1e-2}  # half the sum of differences of two distributions that count as the same
 GAIN = 0.001  # nats per token that what follows may be worth, beyond chance
 REPEATED = 1e-4  # of a probability, by the same process
@@ -237,7 +240,38 @@ class Probe(NamedTuple):
     target: int
     row: np.ndarray  # everything before it in its row of the batch
     document: np.ndarray  # everything before it in its document, as far as the window reaches
+    seen: list[range]  # positions of what is in `row`
+    at_random: bool  # else chosen because the record knew more than a bigram model
     log_probs: torch.Tensor  # (V,)
+
+
+class Reservoir:
+    """The `size` places of a stream with the largest keys: a weighted sample without replacement, if a key is log(u) /
+    weight for u uniform in (0, 1) (Efraimidis and Spirakis 2006)."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.kept = size, list[tuple[float, int, Probe]]()  # a heap; positions break ties
+
+    def entering(self, keys: np.ndarray) -> np.ndarray:
+        """Which of some places have a chance to be kept. (N,) float64 -> (M,) int64"""
+        best = np.argsort(keys)[-self.size :]
+        return best if len(self.kept) < self.size else best[keys[best] > self.kept[0][0]]
+
+    def add(self, key: float, probe: Probe) -> None:
+        push = heapq.heappush if len(self.kept) < self.size else heapq.heappushpop
+        push(self.kept, (key, probe.position, probe))
+
+
+def bigram_nats(ids: np.ndarray) -> np.ndarray:
+    """What each token takes by the one before it, with the counts of this text less the token itself. (N,) -> (N,) nats
+
+    Who sees what comes beats this by far where it matters; so do good models, but at fewer places.
+    """
+    _, token, count = np.unique(ids, return_inverse=True, return_counts=True)
+    unigram = (count[token] - 0.5) / len(ids)
+    _, pair, pairs = np.unique(ids[:-1] * 2**16 + ids[1:], return_inverse=True, return_counts=True)
+    p = (pairs[pair] - 1 + BACKOFF * unigram[1:]) / (count[token[:-1]] - 1 + BACKOFF)
+    return -np.log(np.concatenate((unigram[:1], p)))
 
 
 class Scored(NamedTuple):
@@ -290,15 +324,18 @@ def score_windows(
     config: tg.GPTConfig,
     rng: np.random.Generator,
 ) -> Pass:
-    """As `evaluate` of the root's script, window by window, remembering a place at random in some of the rows."""
+    """As `evaluate` of the root's script, window by window, remembering some places: at random, and with chances in
+    proportion to how much likelier than a bigram model the record found their targets, which finds rare leaks."""
     ids, seq_len = split.ids.astype(np.int64), config.eval_seq_len
+    expected = bigram_nats(ids)
     rows = tg.pack_rows(windows, split.ids, config)
     n_rows = max(1, min(tg.Hyperparameters().val_batch_size, tg.EVAL_LOGITS // config.vocab_size) // seq_len)
     n_rows = min(n_rows, len(rows))
-    secret = set(rng.choice(len(rows), min(PROBES, len(rows)), replace=False).tolist())
+    n_probes = min(PROBES, len(rows))
+    reservoirs = {True: Reservoir(n_probes), False: Reservoir(math.ceil(n_probes / 2))}  # by Probe.at_random
     remembered = int(rng.integers(math.ceil(len(rows) / n_rows)))
     documents = np.flatnonzero(split.ids == config.bos_id)
-    nats, probes, kept, index = np.zeros(len(windows)), list[Probe](), None, 0
+    nats, kept, index = np.zeros(len(windows)), None, 0
     for number, begin in enumerate(tqdm(range(0, len(rows), n_rows), "score", unit=" batches", disable=None)):
         inputs, targets = torch.zeros(2, n_rows, seq_len, dtype=torch.int64)
         cells: list[tuple[int, int, tg.Window]] = []
@@ -313,21 +350,28 @@ def score_windows(
                 column = end
         logits = logits_fn(inputs)
         losses = tg.target_nats(logits, targets)
-        for i, column, (start, first, last) in cells:
-            nats[index] = losses[i, column + first - 1 - start : column + last - 1 - start].double().sum()
-            index += 1
-        for i in sorted(secret.intersection(range(begin, begin + n_rows))):
-            own = [(column, window) for row, column, window in cells if row == i - begin]
-            places = [(column, w.start, p) for column, w in own for p in range(w.first, w.last)]
-            column, start, position = places[int(rng.integers(len(places)))]
-            at, opened = column + position - 1 - start, documents[documents < position]
-            document = max(start, int(opened[-1])) if len(opened) else start
-            before, log_probs = inputs[i - begin, : at + 1].numpy(), torch.log_softmax(logits[i - begin, at], 0)
-            probes.append(Probe(position, int(ids[position]), before, ids[document:position], log_probs))
+        scored = [losses[i, c + w.first - 1 - w.start : c + w.last - 1 - w.start].double().numpy() for i, c, w in cells]
+        nats[index : index + len(cells)] = [part.sum() for part in scored]
+        index += len(cells)
+        owners = np.repeat(np.arange(len(cells)), [len(part) for part in scored])
+        positions = np.concatenate([np.arange(w.first, w.last) for _, _, w in cells])
+        likelier = np.exp((expected[positions] - np.concatenate(scored)).clip(-LIKELIER, LIKELIER))
+        for at_random, reservoir in reservoirs.items():
+            keys = np.log(rng.random(len(positions))) / (1.0 if at_random else likelier)
+            for j in reservoir.entering(keys):
+                (i, column, (start, _, _)), position = cells[owners[j]], int(positions[j])
+                at, opened = column + position - 1 - start, documents[documents < position]
+                document = ids[max(start, int(opened[-1])) if len(opened) else start : position]
+                seen = [range(w.start, w.last - 1) for row, c, w in cells if row == i and c < column]
+                said, before = torch.log_softmax(logits[i, at], 0), inputs[i, : at + 1].numpy()
+                seen.append(range(start, position))
+                probe = Probe(position, int(ids[position]), before, document, seen, at_random, said)
+                reservoir.add(float(keys[j]), probe)
         if number == remembered:
             kept = inputs, targets, losses
+    probes = {probe.position: probe for random in (False, True) for _, _, probe in reservoirs[random].kept}
     assert kept is not None
-    return Pass(nats, probes, kept)
+    return Pass(nats, list(probes.values()), kept)
 
 
 def score_fixed(record: Record, split: tg.ValSplit, sample: int, rng: np.random.Generator) -> tuple[Scored, Pass]:
@@ -352,11 +396,22 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.exp() - b.exp()).abs().sum() / 2)
 
 
-def ask_again(record: Record, contexts: Sequence[np.ndarray], shape: torch.Size) -> list[torch.Tensor]:
-    """The distribution after each context, one context a row, in batches of the shape that was scored."""
+def in_turns(probes: Sequence[Probe]) -> list[list[Probe]]:
+    """Probes by when to ask for them: who is asked remembers, so a place comes before all that show its target."""
+    probes = sorted(probes, key=lambda probe: probe.position)
+    positions, turn = np.array([probe.position for probe in probes]), np.zeros(len(probes), np.int64)
+    for i, probe in enumerate(probes):
+        shown = [turn[(positions >= part.start) & (positions < part.stop)] for part in probe.seen]
+        turn[i] = 1 + max((int(part.max()) for part in shown if len(part)), default=-1)
+    return [[p for p, t in zip(probes, turn, strict=True) if t == now] for now in range(MOST_TURNS)]
+
+
+def ask_again(record: Record, turns: Sequence[Sequence[np.ndarray]], seq_len: int) -> list[torch.Tensor]:
+    """The distribution after each context, one context a row, turn by turn."""
     said: list[torch.Tensor] = []
-    for begin in tqdm(range(0, len(contexts), shape[0]), "ask again", unit=" batches", disable=None):
-        part, inputs = contexts[begin : begin + shape[0]], torch.zeros(shape, dtype=torch.int64)
+    parts = [turn[i : i + ASKED_ROWS] for turn in turns for i in range(0, len(turn), ASKED_ROWS)]
+    for part in tqdm(parts, "ask again", unit=" batches", disable=None):
+        inputs = torch.zeros(ASKED_ROWS, seq_len, dtype=torch.int64)
         for i, context in enumerate(part):
             inputs[i, : len(context)] = torch.from_numpy(context)
         logits = record.logits(inputs)
@@ -364,40 +419,37 @@ def ask_again(record: Record, contexts: Sequence[np.ndarray], shape: torch.Size)
     return said
 
 
-def apart(probes: Sequence[Probe]) -> list[Probe]:
-    """Probes of which none holds the target of another, as the rows of a small stride would: who is asked remembers."""
-    kept: list[Probe] = []
-    for probe in probes:
-        others = [(max(p.position, probe.position), min(p.position, probe.position), p) for p in kept]
-        if all(late - len(p.row if late == p.position else probe.row) > early for late, early, p in others):
-            kept.append(probe)
-    return kept
-
-
 def probe_fixed(record: Record, other: Record | None, done: Pass, close: float) -> list[Check]:
     """Ask a fresh process, which never sees what follows, for what the scored one said.
 
     `other`, where documents are masked, is one more: who saw a row could repeat for its last document what it said.
     """
-    inputs, answers, losses = done.batch
-    probes = apart(done.probes)
-    targets = [probe.target for probe in probes]
-    by_row = ask_again(record, [probe.row for probe in probes], inputs.shape)
-    checks = [compared("causal", "what follows", [probe.log_probs for probe in probes], by_row, targets, close)]
+    (inputs, answers, losses), turns = done.batch, in_turns(done.probes)
+    probes = [probe for turn in turns for probe in turn]
+    targets, at_random = [probe.target for probe in probes], [probe.at_random for probe in probes]
+    told, seq_len = [probe.log_probs for probe in probes], inputs.size(1)
+    by_row = ask_again(record, [[probe.row for probe in turn] for turn in turns], seq_len)
+    checks = [compared("causal", "what follows", told, by_row, targets, at_random, close)]
     if other:
-        by_document = ask_again(other, [probe.document for probe in probes], inputs.shape)
-        checks.append(compared("documents", "the documents before", by_row, by_document, targets, close))
+        by_document = ask_again(other, [[probe.document for probe in turn] for turn in turns], seq_len)
+        checks.append(compared("documents", "the documents before", by_row, by_document, targets, at_random, close))
     again = float((tg.target_nats(record.logits(inputs), answers) - losses).abs().max())
     reason = f"a batch again in a second process: differs by {again:.2g} nats"
     return [*checks, Check("deterministic", again <= 20 * close, reason)]
 
 
 def compared(
-    name: str, what: str, told: list[torch.Tensor], blind: list[torch.Tensor], targets: Sequence[int], close: float
+    name: str,
+    what: str,
+    told: list[torch.Tensor],
+    blind: list[torch.Tensor],
+    targets: Sequence[int],
+    at_random: Sequence[bool],
+    close: float,
 ) -> Check:
     """Whether distributions stay the same without some context: nearly so everywhere, and on average at the target."""
     far = max(distance(x, y) for x, y in zip(told, blind, strict=True))
-    gains = np.array([float((x - y)[target]) for x, y, target in zip(told, blind, targets, strict=True)])
+    gains = np.array([float((x - y)[target]) for x, y, target in zip(told, blind, targets, strict=True)])[at_random]
     gain, chance = float(gains.mean()), 3 * float(gains.std()) / math.sqrt(len(gains))
     found = f"distance {far:.2g}, at most {close:g} is rounding; {gain:+.2g} nats per token"
     reason = f"{len(targets)} places without {what}: {found}"
@@ -415,24 +467,31 @@ def score_adaptive(
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
     `twin`, a process of its own because the scored one would remember, observes the same, but is asked for some chunks
-    with other, older text from a secret place on: what looks ahead in a chunk says something else there.
+    with other, older text from a secret place on: what looks ahead in a chunk says something else there. The place
+    is chosen when the prediction is there, in every second chunk where it knew a lot, as in score_windows.
     """
     ids, size = split.ids.astype(np.int64), record.config.eval_seq_len
+    expected = bigram_nats(ids)
     starts = np.flatnonzero(ids == record.config.bos_id)
     end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
     chunks = [(a, min(a + size, end)) for a in range(1, end, size)]
     probed = set(rng.choice(len(chunks), min(PROBES, len(chunks)), replace=False).tolist())
     normalised = repeated = 0.0
-    told, blind, targets = list[torch.Tensor](), list[torch.Tensor](), list[int]()
+    told, blind, targets, at_random = list[torch.Tensor](), list[torch.Tensor](), list[int](), list[bool]()
     nats = np.zeros(end)
     for process in (record, twin):
         process.observe(ids[:1])
     for number, (a, b) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
-        chunk, cut = ids[a:b], int(rng.integers(b - a))
+        chunk = ids[a:b]
         log_probs = record.predict(chunk)
         total = log_probs.logsumexp(1, keepdim=True)
         normalised, log_probs = max(normalised, float(total.abs().max())), log_probs - total
+        nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
         if number in probed:
+            at_random.append(len(at_random) % 2 == 0)
+            likelier = np.exp((expected[a:b] - nats[a:b]).clip(-LIKELIER, LIKELIER))
+            weights = np.ones(b - a) if at_random[-1] else likelier
+            cut = int(rng.choice(b - a, p=weights / weights.sum()))
             past = int(rng.integers(a))  # text it knows, and no noise to tell it by
             altered = twin.predict(np.concatenate([chunk[:cut], np.resize(ids[past:a], b - a - cut)]))
             told.append(log_probs[cut].clone())
@@ -440,7 +499,6 @@ def score_adaptive(
             targets.append(int(chunk[cut]))
             again = record.predict(chunk)
             repeated = max(repeated, float((again.softmax(1) - log_probs.exp()).abs().max()))
-        nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
         for process in (record, twin):
             process.observe(chunk)
     first = np.maximum(np.searchsorted(starts, np.arange(1, end) - 1, side="right"), 1) - 1
@@ -449,7 +507,7 @@ def score_adaptive(
     twice = f"{len(probed)} chunks predicted twice: probabilities differ by {repeated:.2g}, at most {REPEATED:g}"
     checks = [
         Check("normalised", normalised <= NORMALISED, reason),
-        compared("causal", "what follows in the chunk", told, blind, targets, close),
+        compared("causal", "what follows in the chunk", told, blind, targets, at_random, close),
         Check("side_effects", repeated <= REPEATED, twice),
     ]
     return Scored(*sums, end - 1, len(starts)), checks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,20 @@ def load_artifact(path, device="cpu"):
 """
 
 
+def retold(line: str, run: Mapping[str, Any]) -> str:
+    """A line of a log with the values that the JSON of a run has, to as many digits as before."""
+
+    def value(found: re.Match[str]) -> str:
+        key, before = found[1], found[2]
+        if key not in run or key == "eval_stride":
+            return found[0]
+        digits = len(before.partition(".")[2])
+        told = f"{run[key]:.{digits}f}" if isinstance(run[key], float) and digits else run[key]
+        return f"{key}:{int(told) if isinstance(told, bool) else told}"
+
+    return re.sub(r"\b([a-z]\w*):([^\s,)]+)", value, line)
+
+
 def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any] | None = None, **top: Any) -> Path:
     """A copy of a record with code added to its script and other results, every hash and size made to fit.
 
@@ -67,13 +82,10 @@ def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any]
         path.write_text(json.dumps(run))
         runs.append(run)
         log = path.with_suffix(".log")
-        text = log.read_text()
-        for key in ("code_sha256", "artifact_sha256"):
-            text = text.replace(old[key], run[key])
-        text = text.replace(f"{old_size} bytes", f"{new_size} bytes")
+        text = log.read_text().replace(f"{old_size} bytes", f"{new_size} bytes")
         text = text.replace(f"{old['bytes_total']} bytes", f"{run['bytes_total']} bytes")
-        for key in ("val_loss", "val_bpb"):
-            text = text.replace(f"{key}:{old[key]:.8f}", f"{key}:{run[key]:.8f}")
+        lines = [line if line.startswith("step:") else retold(line, run) for line in text.splitlines(keepends=True)]
+        text = "".join(lines)
         log.write_text(text)
     about = sub.load_submission(folder).about | top
     sub.save_submission(target, sub.summarize(runs, script.read_bytes(), about))

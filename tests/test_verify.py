@@ -128,6 +128,7 @@ def test_static_checks_take_less_than_two_seconds_and_no_torch(honest):
     assert time.perf_counter() - begin < 2 * 3  # 2 s quiet, more beside other tests
 
 
+@pytest.mark.skipif(not WALLS, reason="no user namespaces here, so that nothing is signed")
 def test_an_honest_record_scores_what_it_claims_and_signing_it_is_remembered(honest, tmp_path, capsys):
     folder = tmp_path / honest.parent.name / honest.name
     shutil.copytree(honest, folder)
@@ -233,6 +234,7 @@ def changed(ids, logits):
     return torch.log(0.999 * logits.softmax(2) + 0.001 * following)
 '''
 )
+NEXT_TO_NOTHING = A_LITTLE.replace("1 in 1,000", "1 in 50,000").replace("0.999", "0.99998").replace("0.001", "0.00002")
 REPEATS = (
     WRAPPED
     + '''
@@ -433,6 +435,7 @@ class Bomb:
 CHEATS = {  # by name: the code, the class, and the check that catches it
     "leaks the next token": (NEXT_TOKEN, "A", "causal"),
     "leaks a little": (A_LITTLE, "A", "causal"),
+    "leaks next to nothing": (NEXT_TO_NOTHING, "A", "causal"),
     "leaks other documents, and remembers": (REPEATS, "A", "documents"),
     "leaks the chunk, and remembers": (REMEMBERS, "B", "causal"),
     "stops reading": (DEAF, "A", "time"),
@@ -453,6 +456,22 @@ CHEATS = {  # by name: the code, the class, and the check that catches it
 }
 
 
+def adaptive_score(honest: Path) -> dict[str, float]:
+    """What the adaptive predictor claims: the loop that tools/judge.py describes, written again."""
+    names = {"torch": torch, "load_artifact": tg.load_artifact}
+    exec(ADAPTIVE, names)
+    predictor = names["load_predictor"](sub.artifact_path(honest))
+    ids = torch.from_numpy(np.array(read_shard(honest / "data" / "fineweb_val_000000.bin"), np.int64))
+    n_bytes = int(read_shard(honest / "data" / "fineweb_val_bytes_000000.bin")[1:].sum(dtype=np.int64))
+    first, *chunks = [ids[:1], *ids[1:].split(predictor.config.eval_seq_len)]
+    predictor.observe(first)
+    nats = 0.0
+    for chunk in chunks:
+        nats -= float(predictor.predict(chunk).double().gather(1, chunk[:, None]).sum())
+        predictor.observe(chunk)
+    return {"val_loss": nats / (len(ids) - 1), "val_bpb": nats / math.log(2) / n_bytes}
+
+
 @pytest.fixture(scope="module")
 def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
     """The checks of every record that cheats, three at a time: some only wait."""
@@ -462,6 +481,7 @@ def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
         code, predictor_class, _ = CHEATS[name]
         code = code.replace("VAL", str(honest / "data" / "fineweb_val_000000.bin"))
         changes = {"artifact_sha256": sub.sha256(pickle.dumps(Bomb()))} if name == "pickle bomb" else {}
+        changes = adaptive_score(honest) if name == "honest and adaptive" else changes
         folder = forge(honest, root / name / honest.name, code, changes, predictor_class=predictor_class)
         if name == "pickle bomb":
             sub.artifact_path(folder).write_bytes(pickle.dumps(Bomb()))
@@ -482,7 +502,7 @@ def test_a_record_that_cheats_is_caught_by_name(caught, name):
         pytest.skip("no user namespaces here: it leads its session already, and fails to leave it")
     expected = CHEATS[name][2]
     found = failed(caught[name])
-    assert expected in found if expected else found <= {"score"}, caught[name]
+    assert expected in found if expected else not found, caught[name]
 
 
 @pytest.mark.skipif(not WALLS, reason="no user namespaces here")
@@ -502,7 +522,9 @@ def test_nothing_outlives_the_sandbox(tmp_path):
 
     assert running()
     inside.close()
-    time.sleep(0.2)
+    patience = time.monotonic() + 20
+    while running() and time.monotonic() < patience:
+        time.sleep(0.05)
     assert running() == []
 
 
@@ -603,6 +625,9 @@ def test_code_in_a_blob_is_refused(honest, tmp_path):
         "np.ctypeslib.ctypes.CDLL(None)\n",
         "import pydoc\n",
         "import concurrent.futures\n",
+        "os.__dict__['sys' + 'tem']('true')\n",
+        "getattr(load_artifact, '__glo' + 'bals__')\n",
+        "os.system('true')\n",
         "__loader__.load_module('x')\n",
         'x = 1\n"""' + "a" * 5000 + '"""\n',
         "x = [" + ",\n".join([repr("a" * 250)] * 200) + "]\n",
@@ -614,6 +639,11 @@ def test_code_in_a_blob_is_refused(honest, tmp_path):
 )
 def test_code_that_is_not_on_the_page_is_refused(honest, tmp_path, code):
     assert static_failures(honest, tmp_path, code) == {"source"}
+
+
+def test_ordinary_code_is_not_refused(honest, tmp_path):
+    code = "import gc\nimport datetime\n\nlast = gc.collect(), platform.system(), list(nn.Linear(1, 1).modules())\n"
+    assert static_failures(honest, tmp_path, code) == set()
 
 
 @pytest.mark.parametrize("code", ["import urllib.request\n", "from socket import socket\n", "import requests as r\n"])
@@ -699,6 +729,46 @@ def test_a_missing_file_is_named(honest, tmp_path, name):
     assert any(name in check.reason for check in wrong), wrong
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "cuda:NVIDIA_H100_80GB_HBM3", "world_size": 8},
+        {"seconds_evaluate": 0.1},
+        {"train_tokens": 5},
+        {"model_params": 1},
+        {"judge_version": 99},
+        {"torch": "9.9"},
+        {"model_dim": 999},
+        {"pre_quant_val_bpb": 0.5},
+    ],
+)
+def test_a_json_that_says_something_else_than_the_log_is_caught(honest, tmp_path, changes):
+    """Even where everything in submission.json follows from the JSON."""
+    folder = forge(honest, tmp_path / "track_non_record_16mb" / honest.name, "", changes)
+    for path in sorted(honest.glob("train_seed*.log")):
+        shutil.copyfile(path, folder / path.name)
+    assert "logs" in failed(verify.static_checks(folder))
+
+
+def test_a_target_is_reached_where_chance_would_not_do():
+    """Student's test of three values by hand: t = 2.5 has p = 0.065 with two degrees of freedom."""
+    values = [1.0, 1.1, 1.2]
+    assert verify.below(1.1 + 2.5 * 0.1 / math.sqrt(3), values) == pytest.approx(0.06480, abs=1e-5)
+    assert verify.below(1.1 - 2.5 * 0.1 / math.sqrt(3), values) == pytest.approx(1 - 0.06480, abs=1e-5)
+    assert [verify.below(1.0, [x, x]) for x in (0.9, 1.0, 1.1)] == [0.0, 0.0, 1.0]
+    assert verify.below(1.0, [0.1]) == 1.0
+
+
+def test_lineage_tells_what_changed_in_the_script_and_in_the_settings(honest, tmp_path):
+    track = tmp_path / "track_non_record_16mb"
+    base = forge(honest, track / "2026-01-01_Base")
+    new = forge(honest, track / honest.name, "# one line\n", {"matrix_lr": 0.5}, base=f"{track.name}/{base.name}")
+    check = next(check for check in verify.static_checks(new) if check.name == "lineage")
+    assert check.ok
+    assert check.reason.startswith("1 lines more and 0 less")
+    assert check.reason.endswith("settings: MATRIX_LR=0.5")
+
+
 def test_praise_by_the_author_counts_for_nothing(honest, tmp_path):
     folder = tmp_path / "track_non_record_16mb" / honest.name
     shutil.copytree(honest, folder)
@@ -731,10 +801,11 @@ def test_limits_of_a_track_hold(honest, tmp_path):
     assert "wants 3" in found["seeds"]
     slow = {"device": "cuda:NVIDIA_H100", "world_size": 8, "seconds_train": 600.0, "seconds_calibrate": 0.5}
     found = at("track_10min_16mb", slow)
-    assert found.keys() == {"seeds", "clock"}
+    assert found.keys() == {"track", "seeds", "clock"}
+    assert "not on the published FineWeb validation text" in found["track"]
     assert "600.50 s of training" in found["clock"]
     assert {"context", "benchmark"} <= set(at("track_tiny_100m")["track"].split())
-    assert "does not reach" in at("track_speedrun")["track"]
+    assert "below 1.2244 at p = 0.99" in at("track_speedrun")["track"]
 
 
 JSON = st.recursive(

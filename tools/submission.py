@@ -172,6 +172,7 @@ class Track:
     max_train_seconds: float | None = None
     max_eval_seconds: float | None = None
     device: str = ""  # is part of the name of the device
+    text: str = ""  # name of the validation text, in records/splits.json
     world_size: int | None = None
     target_val_bpb: float | None = None
     max_train_tokens: int | None = None
@@ -211,11 +212,19 @@ class Split:
         return documents == self.documents and abs(n_bytes - self.bytes) <= self.tolerance * self.bytes
 
 
+def load_splits() -> list[Split]:
+    rows = json.loads((RECORDS / "splits.json").read_text(encoding="utf-8"))
+    return [from_json(Split, row, "splits.json") for row in rows]
+
+
+def split_named(name: str) -> Split:
+    return next(split for split in load_splits() if split.name == name)
+
+
 def known_split(documents: int, text_sha256: str) -> Split | None:
     """The known text with this sha256, or, where a sha256 is not known, with this number of documents."""
-    rows = json.loads((RECORDS / "splits.json").read_text(encoding="utf-8"))
-    splits = [from_json(Split, row, "splits.json") for row in rows]
-    fits = (s for s in splits if (s.text_sha256 or ("unknown", s.documents)) in (text_sha256, (text_sha256, documents)))
+    wanted = (text_sha256, (text_sha256, documents))
+    fits = (split for split in load_splits() if (split.text_sha256 or ("unknown", split.documents)) in wanted)
     return next(fits, None)
 
 
@@ -401,12 +410,15 @@ NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(?![\w.])"
 STEP_LINE = re.compile(rf"(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
 TIME = re.compile(r"train_time: ?(\d+(?:\.\d+)?) ?(ms|m|s)?")
 FINAL_LINE = re.compile(rf"([A-Za-z]\w*) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(.*)")
-SIZES = {
+BYTES = ("bytes_code", "bytes_artifact", "bytes_total")
+NAMED = {  # what stands in a line of another form than key:value
+    "settings": re.compile(r"^preset:\S+ .*settings:(\S*)"),
+    "dataset": re.compile(r"\bdataset:(\S+)"),
     "bytes_code": re.compile(r"Code size: (\d+) bytes"),
     "bytes_artifact": re.compile(r"Serialized model \S+: (\d+) bytes"),
     "bytes_total": re.compile(r"Total submission size \S+: (\d+) bytes"),
 }
-PAIR = re.compile(r"\b([a-z]\w*):([^\s:,]+)")
+PAIR = re.compile(r"\b([a-z]\w*):([^\s,]+)")
 
 
 class RunLog(NamedTuple):
@@ -441,10 +453,10 @@ def parse_log(text: str) -> RunLog:
         final = FINAL_LINE.match(line)
         if final and " partial:" not in f" {final[4]}":
             log.finals[final[1]] = float(final[2]), float(final[3])
-        for key, pattern in SIZES.items():
+        log.values.update(PAIR.findall(line))
+        for key, pattern in NAMED.items():
             if found := pattern.search(line):
                 log.values[key] = found[1]
-        log.values.update(PAIR.findall(line))
     return log
 
 
@@ -708,7 +720,7 @@ def import_published(folder: Path) -> Imported:
             entry["log_line"], entry["log_val_loss"], entry["log_val_bpb"] = log.final
         else:
             missing.append(f"a final val_bpb in {log_file.name}")
-        entry |= {key: int(log.values[key]) for key in SIZES if key in log.values}
+        entry |= {key: int(log.values[key]) for key in BYTES if key in log.values}
         tokens = log.values.get("tokens", log.values.get("val_tokens", ""))
         if log.final and tokens.isdigit() and log.final[2] > 0:
             entry["implied_bytes"] = round(log.final[1] / math.log(2) * int(tokens) / log.final[2])

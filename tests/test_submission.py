@@ -297,6 +297,32 @@ def test_new_never_overwrites(tmp_path, capsys):
     assert "choose another --name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--name", "日本語モデル", "--name=日本語モデル leaves nothing to name the folder by"),
+        ("--name", " .- ", "Latin letters or digits"),
+        ("--date", "2026/11/24", "the date '2026/11/24' is not a day of the form YYYY-MM-DD"),
+        ("--date", "tomorrow", "give one with --date"),
+        ("--date", "2026-02-30", "is not a day"),
+        ("--date", "20260102", "is not a day"),
+    ],
+)
+def test_a_name_or_a_date_that_names_no_folder_is_refused(tmp_path, capsys, option, value, message):
+    run_json(tmp_path / "logs", 1)
+    assert new(tmp_path, option, value)[0] == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("name", ["An Idea!", "../up", "a/b", "日本 v2", "_x", "x" * 80])
+def test_every_folder_that_new_makes_has_a_name_that_verify_accepts(tmp_path, name):
+    run_json(tmp_path / "logs", 1)
+    assert new(tmp_path, "--name", name)[0] == 0
+    [folder] = (tmp_path / "records" / "track_non_record_16mb").iterdir()
+    assert sub.FOLDER_NAME.fullmatch(folder.name)
+
+
 def test_new_without_a_run_says_so(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     assert new(tmp_path)[0] == 1

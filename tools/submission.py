@@ -626,8 +626,31 @@ def git_setting(name: str) -> str:
     return found.stdout.strip()
 
 
+def slug_of(name: str) -> str:
+    """The name of a record as its folder spells it; ValueError if nothing is left of it."""
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-")
+    if not re.search(r"[A-Za-z0-9]", slug):
+        raise ValueError(
+            f"--name={name} leaves nothing to name the folder by: use Latin letters or digits, and put other spellings "
+            "into --blurb"
+        )
+    return slug
+
+
+def checked_date(date: str) -> str:
+    """The date itself; ValueError if it is not a day written YYYY-MM-DD."""
+    try:
+        day = datetime.date.fromisoformat(date).isoformat()
+    except ValueError:
+        day = ""
+    if day != date:  # fromisoformat also reads 20261124 and 2026-W48-2
+        raise ValueError(f"the date {date!r} is not a day of the form YYYY-MM-DD: give one with --date")
+    return date
+
+
 def new(args: argparse.Namespace) -> int:
     version, tracks = load_tracks()
+    slug = slug_of(args.name)
     if args.track not in tracks:
         raise ValueError(f"--track={args.track} must be one of {', '.join(tracks)}")
     script = Path(args.script)
@@ -638,7 +661,7 @@ def new(args: argparse.Namespace) -> int:
         "name": args.name,
         "author": args.author or git_setting("user.name"),
         "github_id": args.github_id,
-        "date": args.date or records[-1]["date"][:10],
+        "date": checked_date(args.date or records[-1]["date"][:10]),
         "track": args.track,
         "rules_version": version,
         "predictor_class": args.predictor_class,
@@ -647,7 +670,6 @@ def new(args: argparse.Namespace) -> int:
         "licence": args.licence,
     }
     submission = summarize(records, script.read_bytes(), about)
-    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", args.name).strip("-")
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another --name")

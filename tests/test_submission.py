@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import submission as sub
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,6 +226,7 @@ def run_json(folder: Path, seed: int, **changes: Any) -> Path:
     run |= {"device": "cpu:x", "world_size": 1, "judge_version": 2, "python": "3", "torch": "2", "model_params": 5}
     run |= {"val_tokens": 7, "val_documents": 2, "val_bytes": 20, "val_accounting": "sidecar", "train_tokens": 9}
     run |= {"tokenizer_lossless": True, "train_dataset": "x", "date": "2026-01-02T03:04:05Z", "val_bpb": 1 + seed / 100}
+    run |= {"data_path": "data/datasets/x", "tokenizer_path": "data/tokenizers/x.model", "artifact_dir": "."}
     run |= {"val_loss": 2.0 + seed / 100, "bytes_artifact": 100 + seed, "bytes_total": 110 + seed, **changes}
     folder.mkdir(exist_ok=True)
     path = folder / f"{run['run_id']}.json"
@@ -321,6 +323,64 @@ def test_every_folder_that_new_makes_has_a_name_that_verify_accepts(tmp_path, na
     assert new(tmp_path, "--name", name)[0] == 0
     [folder] = (tmp_path / "records" / "track_non_record_16mb").iterdir()
     assert sub.FOLDER_NAME.fullmatch(folder.name)
+
+
+def test_files_in_the_logs_that_are_no_runs_are_skipped_and_named(tmp_path, capsys):
+    logs = tmp_path / "logs"
+    run_json(logs, 1)
+    run_json(logs, 7, run_id="scored", eval_artifact="x.ptz")
+    strange = {"list": "[1, 2]", "half": '{"steps": 3, "val_', "tool": '{"steps": 3, "version": "1.0"}', "text": '"x"'}
+    for name, text in strange.items():
+        (logs / f"{name}.json").write_text(text)
+    (logs / "folder.json").mkdir()
+    (logs / "link.json").symlink_to("nowhere")
+    status, folder = new(tmp_path)
+    assert status == 0
+    assert list(sub.load_submission(folder).seed_results) == ["1"]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(": ")[0] for line in lines) == sorted(f"skipped {logs / name}.json" for name in strange)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "other.json is not the JSON of a training run: it holds no JSON object"),
+        ('{"steps": 3}', "it lacks artifact_dir, artifact_sha256, bytes_artifact, bytes_code ..., which"),
+        ('{"steps": 3, ', "other.json is not JSON"),
+        (None, "other.json is missing"),
+    ],
+)
+def test_a_file_that_is_no_run_cannot_be_named_as_one(tmp_path, capsys, text, message):
+    path = tmp_path / "other.json"
+    if text is not None:
+        path.write_text(text)
+    assert new(tmp_path, "--runs", str(path))[0] == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(sub.run_types())), VALUES)
+def test_a_run_with_a_value_of_another_type_is_an_error_not_a_crash(tmp_path, name, value):
+    path = run_json(tmp_path / "logs", 1)
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {name: value}))
+    status, folder = new(tmp_path, "--runs", str(path))
+    assert status in (0, 1)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def test_a_script_that_is_not_python_is_an_error_of_one_line(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1)
+    script = tmp_path / "train_gpt.py"
+    faulty = {"def main(:\n": "the script is not Python: invalid syntax in line 1", "\0": "null bytes"}
+    for source, message in faulty.items():
+        script.write_text(source)
+        assert new(tmp_path, "--script", str(script))[0] == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_new_without_a_run_says_so(tmp_path, capsys):

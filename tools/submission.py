@@ -396,8 +396,17 @@ def sha256(data: bytes) -> str:
 
 
 def script_settings(source: str) -> set[str]:
-    """Names of the settings of a script: the fields of its dataclasses GPTConfig and Hyperparameters. Runs no code."""
-    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    """Names of the settings of a script: the fields of its dataclasses GPTConfig and Hyperparameters. Runs no code.
+
+    ValueError if the source does not parse.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise ValueError(f"the script is not Python: {error.msg} in line {error.lineno}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, or nested beyond reason
+        raise ValueError(f"the script is not Python: {error!s:.80}") from None
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
     fields = [n for c in classes if c.name in ("GPTConfig", "Hyperparameters") for n in c.body]
     return {n.target.id for n in fields if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
@@ -465,6 +474,41 @@ def parse_log(text: str) -> RunLog:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COPIED: tuple[str, ...] = ("python", "torch", "code_sha256", "bytes_code", "model_params", "judge_version")
+COPIED += ("val_accounting", "val_text_sha256", "val_shards_sha256", "val_tokens", "val_documents", "val_bytes")
+COPIED += ("tokenizer_sha256", "train_dataset", "train_tokens")  # from the first run to the submission
+
+
+def run_types() -> dict[str, Any]:
+    """The keys that the JSON of a training run must have for a record, and the type of each."""
+    result, submission = typing.get_type_hints(SeedResult), typing.get_type_hints(Submission)
+    types = {"run_id": str, "seed": int, "date": str, "partial": bool, "device": str, "world_size": int}
+    types |= {"data_path": str, "tokenizer_path": str, "artifact_dir": str, "seconds_evaluate": float}
+    types |= {name: submission[name] for name in COPIED} | {"tokenizer_lossless": Any}
+    return types | {name: result[name] for name in result.keys() - {"train_seconds", "eval_seconds", "ledger_seconds"}}
+
+
+def not_a_run(value: Any) -> str:
+    """Why a JSON value is not what a training run writes when it ends; empty if it is."""
+    if not isinstance(value, dict):
+        return "it holds no JSON object"
+    missing = sorted(run_types().keys() - value.keys())
+    named = ", ".join(missing[:4]) + " ..." * (len(missing) > 4)
+    return f"it lacks {named}, which a training run writes" if missing else ""
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The JSON of a training run; ValueError that names the file and what is wrong with it."""
+    run = read_json(path)
+    if why := not_a_run(run):
+        raise ValueError(f"{path} is not the JSON of a training run: {why}")
+    types = run_types() | {key: float for key in run if key.startswith("seconds_")}
+    wrong = [fault for name, kind in types.items() for fault in faults(run[name], kind, f"{name} of {path}")]
+    if wrong:
+        raise ValueError("; ".join(wrong[:6]))
+    return run
+
+
 def seed_result(run: Mapping[str, Any]) -> SeedResult:
     """From what a run wrote about itself."""
     ledger = {key.removeprefix("seconds_"): seconds for key, seconds in run.items() if key.startswith("seconds_")}
@@ -522,16 +566,26 @@ def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[s
         "val_bpb_std": deviation("val_bpb"),
         **{key: mean(key) for key in ("val_loss", "val_bpb", "pre_quant_val_bpb", "train_seconds")},
     }
-    names = {f.name for f in dataclasses.fields(Submission)} - {"benchmarks"}
-    return Submission(**{name: first[name] for name in names - derived.keys() - about.keys()}, **derived, **about)
+    return Submission(**{name: first[name] for name in COPIED}, **derived, **about)
 
 
 def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
-    """The newest run of a folder, and all with the same code and settings: every seed that was run."""
+    """The newest run of a folder, and all with the same code and settings: every seed that was run.
+
+    Files that no training run wrote are skipped, and named on stderr; evaluations and partial scores are skipped.
+    """
     found = []
-    for path in sorted(logs.glob("*.json"), key=lambda p: p.stat().st_mtime):
-        run = read_json(path)
-        if run.get("steps") and not run.get("eval_artifact") and not run.get("partial"):
+    for path in sorted((p for p in logs.glob("*.json") if p.is_file()), key=lambda p: p.stat().st_mtime):
+        try:
+            run = read_json(path)
+        except (ValueError, OSError) as error:
+            print(f"skipped {path}: {error}", file=sys.stderr)
+            continue
+        if isinstance(run, dict) and (run.get("eval_artifact") or run.get("partial")):
+            continue
+        if why := not_a_run(run):
+            print(f"skipped {path}: {why}", file=sys.stderr)
+        elif run["steps"]:
             found.append((path, run))
     if not found:
         raise ValueError(f"{logs} holds the JSON of no finished run: train first, or name one with --runs")
@@ -656,7 +710,7 @@ def new(args: argparse.Namespace) -> int:
     script = Path(args.script)
     settings = script_settings(script.read_text(encoding="utf-8"))
     runs = [Path(p) for p in args.runs] or runs_like_the_last(Path(args.logs), settings)
-    records = [read_json(path) for path in runs]
+    records = [read_run(path) for path in runs]
     about = {
         "name": args.name,
         "author": args.author or git_setting("user.name"),

@@ -383,6 +383,19 @@ def test_a_script_that_is_not_python_is_an_error_of_one_line(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_a_record_is_written_whole_or_not_at_all(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1)
+    log = run_json(tmp_path / "logs", 2).with_suffix(".txt")
+    log.unlink()
+    status, folder = new(tmp_path)
+    assert status == 1
+    assert f"{log} is missing" in capsys.readouterr().err
+    assert list(folder.parent.iterdir()) == []
+    log.write_text("preset:smoke seed:2 settings:SEED=2\n")
+    assert new(tmp_path)[0] == 0
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_new_without_a_run_says_so(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     assert new(tmp_path)[0] == 1

@@ -595,21 +595,32 @@ def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
 
 
 def write_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
-    """Lay out a record's folder, whole or not at all."""
+    """Lay out a record's folder, whole or not at all: what is written before an error is removed again."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+        fill_record(part, submission, runs, script, artifact)
+        part.rename(folder)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def fill_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
+    """Write the files of a record into an empty folder."""
     for path in runs:
-        seed = str(read_json(path)["seed"])
-        shutil.copyfile(path, run_path(part, seed))
-        shutil.copyfile(path.with_suffix(".txt"), log_path(part, seed))
-    shutil.copyfile(script, script_path(part))
+        seed, log = str(read_json(path)["seed"]), path.with_suffix(".txt")
+        if not log.is_file():
+            raise ValueError(f"{log} is missing: the log of a run must lie beside its JSON, put it there")
+        shutil.copyfile(path, run_path(folder, seed))
+        shutil.copyfile(log, log_path(folder, seed))
+    shutil.copyfile(script, script_path(folder))
     if artifact:
-        copy_artifact(part, submission, read_json(runs[0]))
-    save_submission(part, submission)
-    log = runs[0].with_suffix(".txt").read_text(encoding="utf-8")
-    (part / "README.md").write_text(readme(submission, log), encoding="utf-8")
-    part.rename(folder)
+        copy_artifact(folder, submission, read_json(runs[0]))
+    save_submission(folder, submission)
+    log_text = runs[0].with_suffix(".txt").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(readme(submission, log_text), encoding="utf-8")
 
 
 def save_submission(folder: Path, submission: Submission) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -266,9 +267,11 @@ def test_new_takes_every_seed_that_was_run(tmp_path):
     ("changes", "message"),
     [
         ({"partial": True}, "scored a part"),
-        ({"code_sha256": "1"}, "code_sha256 differs"),
-        ({"val_shards_sha256": "1"}, "val_shards_sha256 differs"),
-        ({"model_dim": 2}, "MODEL_DIM is 1 in one run and 2 in another"),
+        ({"code_sha256": "1"}, "code_sha256 is "),
+        ({"val_shards_sha256": "1"}, "val_shards_sha256 is 0 in run r1 and 1 in run r2: "),
+        ({"train_dataset": "y"}, "train_dataset is x in run r1 and y in run r2: "),
+        ({"train_tokens": 10}, "train_tokens is 9 in run r1 and 10 in run r2: "),
+        ({"model_dim": 2}, "MODEL_DIM is 1 in run r1 and 2 in run r2: a record holds runs of one kind"),
     ],
 )
 def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, changes, message):
@@ -280,10 +283,43 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, changes,
     assert not folder.exists()
 
 
-def test_one_seed_run_twice_is_refused(tmp_path, capsys):
-    runs = [str(run_json(tmp_path / "logs", 1, run_id=name)) for name in ("a", "b")]
-    assert new(tmp_path, "--runs", *runs)[0] == 1
-    assert "the same seed" in capsys.readouterr().err
+def test_one_seed_run_twice_is_refused_with_a_command_that_works(tmp_path, capsys):
+    logs = tmp_path / "log s"
+    late = run_json(logs, 1, run_id="late", date="2026-01-03T00:00:00Z")
+    early = run_json(logs, 1, run_id="early")
+    other = run_json(logs, 2)
+    for named in ([], ["--runs", str(late), str(early), str(other)]):
+        assert new(tmp_path, "--logs", str(logs), *named)[0] == 1
+        error = capsys.readouterr().err
+        assert f"seed 1 was run 2 times: {early} (run early of 2026-01-02T03:04:05Z), {late} (run late of " in error
+        advice = shlex.split(error[error.index("--runs") :])
+        assert sorted(advice) == sorted(["--runs", str(early), str(other)])
+    status, folder = new(tmp_path, *advice)
+    assert status == 0
+    assert sub.run_path(folder, "1").read_bytes() == early.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"val_shards_sha256": "1"},
+        {"tokenizer_sha256": "1"},
+        {"train_dataset": "y"},
+        {"train_tokens": 10},
+        {"device": "cpu:y"},
+        {"world_size": 2},
+    ],
+)
+def test_runs_with_the_same_settings_but_other_data_or_hardware_are_left_out_and_named(tmp_path, capsys, other):
+    left_out = run_json(tmp_path / "logs", 1, run_id="other", **other)
+    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "logs", 2)
+    status, folder = new(tmp_path)
+    assert status == 0
+    assert sorted(json.loads(sub.run_path(folder, seed).read_text())["run_id"] for seed in "12") == ["r1", "r2"]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out {left_out}: {next(iter(other))} is ")
+    assert "--runs" in line
 
 
 def test_new_refuses_a_script_that_did_not_run(tmp_path, capsys):

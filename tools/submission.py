@@ -6,8 +6,9 @@
     python tools/submission.py review FOLDER --kind disputed --reviewer NAME --note "Why."
     python tools/submission.py schema            the JSON Schema of submission.json (tools/submission.schema.json)
 
-`new` takes the last run of logs/ and every other run there with the same script and the same settings: all seeds that
-were run, not a choice. A record is a folder records/<track>/<YYYY-MM-DD>_<Name>/ with
+`new` takes the last run of logs/ and every other run there with the same script, settings, data and hardware: all seeds
+that were run, not a choice. Where a seed was run more than once, --runs must name the runs. A record is a folder
+records/<track>/<YYYY-MM-DD>_<Name>/ with
 
     submission.json          what is claimed (class Submission below)
     README.md                the same in words
@@ -29,6 +30,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -479,6 +481,10 @@ COPIED += ("val_accounting", "val_text_sha256", "val_shards_sha256", "val_tokens
 COPIED += ("tokenizer_sha256", "train_dataset", "train_tokens")  # from the first run to the submission
 
 
+ONE_KIND: tuple[str, ...] = ("code_sha256", "judge_version", "device", "world_size", "val_shards_sha256")
+ONE_KIND += ("tokenizer_sha256", "train_dataset", "train_tokens")  # like the settings, the same in all runs of a record
+
+
 def run_types() -> dict[str, Any]:
     """The keys that the JSON of a training run must have for a record, and the type of each."""
     result, submission = typing.get_type_hints(SeedResult), typing.get_type_hints(Submission)
@@ -522,28 +528,36 @@ def seed_result(run: Mapping[str, Any]) -> SeedResult:
 
 
 def same_settings(runs: Sequence[Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
-    """The settings that all runs share; ValueError if one differs that is not a matter of the single run."""
+    """The settings that all runs share; ValueError if one differs that may not differ between the runs of a record."""
     shared = {name: runs[0][name] for name in sorted(names - PER_RUN) if name in runs[0]}
     for run in runs[1:]:
         for name, value in shared.items():
             if run.get(name) != value:
-                raise ValueError(f"{name.upper()} is {value} in one run and {run.get(name)} in another: name one kind")
+                raise ValueError(unlike(name.upper(), value, run.get(name), runs[0], run))
     return shared
+
+
+def unlike(name: str, value: Any, other: Any, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    return (
+        f"{name} is {value} in run {first['run_id']} and {other} in run {second['run_id']}: "
+        "a record holds runs of one kind, name those with --runs"
+    )
 
 
 def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[str, Any]) -> Submission:
     """The submission that follows from the JSON of its runs. `about` adds what no run knows."""
     first, results = runs[0], {str(run["seed"]): seed_result(run) for run in runs}
     if len(results) < len(runs):
-        raise ValueError(f"two runs have the same seed, of {sorted(str(run['seed']) for run in runs)}: keep one")
+        seeds = ", ".join(sorted(str(run["seed"]) for run in runs))
+        raise ValueError(f"the runs have the seeds {seeds}: a record holds one run of each seed")
     for run in runs:
         if run["partial"] or run.get("eval_artifact"):
             raise ValueError(
                 f"run {run['run_id']} scored a part of the split, or did not train: no record is made of it"
             )
-        for key in ("code_sha256", "val_shards_sha256", "device", "world_size", "judge_version"):
+        for key in ONE_KIND:
             if run[key] != first[key]:
-                raise ValueError(f"{key} differs between runs {first['run_id']} and {run['run_id']}: submit one kind")
+                raise ValueError(unlike(key, first[key], run[key], first, run))
     if sha256(source) != first["code_sha256"]:
         raise ValueError(f"the script has sha256 {sha256(source)}, the run was made with {first['code_sha256']}")
 
@@ -570,9 +584,10 @@ def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[s
 
 
 def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
-    """The newest run of a folder, and all with the same code and settings: every seed that was run.
+    """The newest run of a folder, and all with the same code, settings, data and hardware: every seed that was run.
 
-    Files that no training run wrote are skipped, and named on stderr; evaluations and partial scores are skipped.
+    Evaluations, partial scores and runs with other settings are passed over. Named on stderr are runs left out because
+    of their data or hardware alone, and files that no training run wrote.
     """
     found = []
     for path in sorted((p for p in logs.glob("*.json") if p.is_file()), key=lambda p: p.stat().st_mtime):
@@ -589,9 +604,33 @@ def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
             found.append((path, run))
     if not found:
         raise ValueError(f"{logs} holds the JSON of no finished run: train first, or name one with --runs")
-    last = found[-1][1]
-    names = (last.keys() & (settings | {"code_sha256"})) - PER_RUN
-    return [path for path, run in found if all(run.get(name) == last[name] for name in names)]
+    last, alike = found[-1][1], []
+    names = (last.keys() & (settings | {"code_sha256"})) - PER_RUN - {"tokenizer_sha256"}
+    for path, run in found:
+        if all(run.get(name) == last[name] for name in names):
+            if other := next((key for key in ONE_KIND if run[key] != last[key]), ""):
+                told = f"{other} is {run[other]}, in the last run {last[other]}"
+                print(f"left out {path}: {told} (--runs names the runs of a record)", file=sys.stderr)
+            else:
+                alike.append(path)
+    return alike
+
+
+def refuse_repeats(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError if a seed was run more than once; it names the files and a command that takes one run of each seed."""
+    by_seed: dict[int, list[tuple[str, str, str]]] = {}
+    for path, run in zip(paths, runs, strict=True):
+        by_seed.setdefault(run["seed"], []).append((run["date"], str(path), run["run_id"]))
+    told = []
+    for seed, found in sorted(by_seed.items()):
+        files = ", ".join(f"{path} (run {name} of {date})" for date, path, name in sorted(found))
+        told += [f"seed {seed} was run {len(found)} times: {files}"] if len(found) > 1 else []
+    if told:
+        earliest = " ".join(shlex.quote(min(found)[1]) for found in by_seed.values())
+        raise ValueError(
+            f"{'; '.join(told)}. A record holds one run of each seed, and which one is not chosen for you: name the "
+            f"runs, and say in README.md why the others are left out. The earliest of each seed are --runs {earliest}"
+        )
 
 
 def write_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
@@ -722,6 +761,7 @@ def new(args: argparse.Namespace) -> int:
     settings = script_settings(script.read_text(encoding="utf-8"))
     runs = [Path(p) for p in args.runs] or runs_like_the_last(Path(args.logs), settings)
     records = [read_run(path) for path in runs]
+    refuse_repeats(runs, records)
     about = {
         "name": args.name,
         "author": args.author or git_setting("user.name"),

@@ -161,7 +161,7 @@ def test_any_published_json_imports(tmp_path_factory, told):
 def example() -> dict[str, Any]:
     """A whole submission.json, of made-up figures."""
     by_type = {"str": "x", "int": 1, "float": 1.5, "dict[str, Any]": {}, "dict[str, float]": {}, "bool | None": None}
-    by_type |= {"float | None": 0.5, "Literal['A', 'B']": "A", "Literal['sidecar', 'pieces']": "sidecar"}
+    by_type |= {"Words": "x", "float | None": 0.5, "Literal['A', 'B']": "A", "Literal['sidecar', 'pieces']": "sidecar"}
     result = {f.name: by_type[str(f.type).replace('"', "'")] for f in dataclasses.fields(sub.SeedResult)}
     made = {
         f.name: {"1": result} if f.name == "seed_results" else by_type[str(f.type).replace('"', "'")]
@@ -182,7 +182,7 @@ def test_the_schema_and_the_reader_accept_the_same():
     cases = [whole]
     for name, value in whole.items():
         cases += [{k: v for k, v in whole.items() if k != name}, whole | {name: [value]}, whole | {name: None}]
-        cases += [whole | {name: "x"}, whole | {name: 2}, whole | {name: 2.5}, whole | {name: True}]
+        cases += [whole | {name: other} for other in ("x", "", " \n", 2, 2.5, True)]
     cases += [whole | {"extra": 1}, [], 3, whole | {"seed_results": {"1": whole["seed_results"]["1"] | {"y": 2}}}]
     for case in cases:
         ours = not list(sub.faults(case, sub.Submission, "x"))
@@ -197,6 +197,15 @@ def test_every_fault_is_named():
     ) as error:
         sub.from_json(sub.Submission, told, "submission.json")
     assert str(error.value).count(";") == 3
+
+
+@pytest.mark.parametrize("name", ["name", "author", "github_id", "blurb", "licence"])
+def test_a_text_that_says_nothing_is_refused(name):
+    assert not list(sub.faults(example(), sub.Submission, "x"))
+    for blank in ("", " \t\n"):
+        assert list(sub.faults(example() | {name: blank}, sub.Submission, "x")) == [
+            f"x.{name} is {blank!r}, blank: fill it in"
+        ]
 
 
 def test_numbers_that_are_none_are_refused():
@@ -430,6 +439,25 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path, capsys):
     log.write_text("preset:smoke seed:2 settings:SEED=2\n")
     assert new(tmp_path)[0] == 0
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("option", ["--github-id", "--blurb", "--licence"])
+def test_new_asks_for_the_text_that_is_blank(tmp_path, capsys, option):
+    run_json(tmp_path / "logs", 1)
+    assert new(tmp_path, option, " ")[0] == 1
+    assert f"{option}=' ' is blank" in capsys.readouterr().err
+
+
+def test_new_asks_for_an_author_where_git_knows_none(tmp_path, capsys, monkeypatch):
+    run_json(tmp_path / "logs", 1)
+    monkeypatch.setattr(sub, "git_setting", lambda name: "")
+    status, folder = new(tmp_path, "--author", "")
+    assert status == 1
+    assert "give one with --author" in capsys.readouterr().err
+    assert not folder.exists()
+    monkeypatch.setattr(sub, "git_setting", lambda name: "Grace")
+    assert new(tmp_path, "--author", "")[0] == 0
+    assert sub.load_submission(folder).author == "Grace"
 
 
 def test_new_without_a_run_says_so(tmp_path, capsys):

@@ -40,7 +40,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "records"
@@ -48,6 +48,7 @@ SCHEMA_FILE = Path(__file__).with_name("submission.schema.json")
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
 PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}  # may differ
 ABOUT = ("name", "author", "github_id", "date", "track", "rules_version", "predictor_class", "base", "blurb", "licence")
+Words = Annotated[str, r"\S"]  # a text that is not blank
 COUNTED = ("train", "average", "calibrate")  # phases inside the limit of the training time
 
 
@@ -75,16 +76,16 @@ class Submission:
     """What submission.json says, with every name in it. Means are over all seeds, bytes those of the largest run."""
 
     schema_version: int
-    name: str
-    author: str
-    github_id: str
+    name: Words
+    author: Words
+    github_id: Words
     date: str  # YYYY-MM-DD
     track: str
     rules_version: int
     predictor_class: Literal["A", "B"]  # A: a fixed predictor; B: adapts to tokens that were scored
     base: str  # the record it builds on, <track>/<folder>, or empty
-    blurb: str
-    licence: str
+    blurb: Words
+    licence: Words
     hardware: str  # 8x cuda:NVIDIA_H100_80GB_HBM3
     python: str
     torch: str
@@ -244,7 +245,7 @@ def faults(value: Any, kind: Any, where: str) -> Iterable[str]:
         if not isinstance(value, dict):
             yield f"{where} is {value!r:.60}, not an object"
             return
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
         fields = {f.name: f for f in dataclasses.fields(kind)}
         for name in sorted(value.keys() - fields.keys()):
             yield f"{where}.{name} is an unknown key: remove it, or say it in README.md"
@@ -254,6 +255,10 @@ def faults(value: Any, kind: Any, where: str) -> Iterable[str]:
                 yield from faults(value[name], hints[name], f"{where}.{name}")
             elif not optional:
                 yield f"{where}.{name} is missing"
+    elif origin is Annotated:
+        yield from faults(value, parts[0], where)
+        if isinstance(value, str) and not re.search(parts[1], value):
+            yield f"{where} is {value!r:.60}, blank: fill it in"
     elif origin is types.UnionType:
         if all(any(True for _ in faults(value, part, where)) for part in parts):
             yield f"{where} is {value!r:.60}, not {' or '.join(map(kind_name, parts))}"
@@ -310,7 +315,7 @@ def json_schema(kind: Any = Submission) -> dict[str, Any]:
     if kind is Any:
         return {}
     if dataclasses.is_dataclass(kind):
-        hints, missing = typing.get_type_hints(kind), dataclasses.MISSING
+        hints, missing = typing.get_type_hints(kind, include_extras=True), dataclasses.MISSING
         fields = dataclasses.fields(kind)
         return {
             "type": "object",
@@ -319,6 +324,8 @@ def json_schema(kind: Any = Submission) -> dict[str, Any]:
             "required": [f.name for f in fields if f.default is missing and f.default_factory is missing],
             "additionalProperties": False,
         }
+    if origin is Annotated:
+        return json_schema(parts[0]) | {"pattern": parts[1]}
     if origin is types.UnionType:
         return {"anyOf": [json_schema(part) for part in parts]}
     if origin is Literal:
@@ -741,6 +748,20 @@ def slug_of(name: str) -> str:
     return slug
 
 
+def checked_texts(args: argparse.Namespace) -> dict[str, str]:
+    """What the author says of a record in words; ValueError that names the option which is blank."""
+    texts = {name: getattr(args, name) for name in ("name", "author", "github_id", "blurb", "licence")}
+    if not texts["author"]:
+        texts["author"] = git_setting("user.name")
+        if not texts["author"].strip():
+            raise ValueError("git has no user.name to take the author from: give one with --author")
+    for name, text in texts.items():
+        if not text.strip():
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}={text!r} is blank: give it a text")
+    return texts
+
+
 def checked_date(date: str) -> str:
     """The date itself; ValueError if it is not a day written YYYY-MM-DD."""
     try:
@@ -754,7 +775,7 @@ def checked_date(date: str) -> str:
 
 def new(args: argparse.Namespace) -> int:
     version, tracks = load_tracks()
-    slug = slug_of(args.name)
+    slug, texts = slug_of(args.name), checked_texts(args)
     if args.track not in tracks:
         raise ValueError(f"--track={args.track} must be one of {', '.join(tracks)}")
     script = Path(args.script)
@@ -763,16 +784,12 @@ def new(args: argparse.Namespace) -> int:
     records = [read_run(path) for path in runs]
     refuse_repeats(runs, records)
     about = {
-        "name": args.name,
-        "author": args.author or git_setting("user.name"),
-        "github_id": args.github_id,
+        **texts,
         "date": checked_date(args.date or records[-1]["date"][:10]),
         "track": args.track,
         "rules_version": version,
         "predictor_class": args.predictor_class,
         "base": args.base,
-        "blurb": args.blurb,
-        "licence": args.licence,
     }
     submission = summarize(records, script.read_bytes(), about)
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")

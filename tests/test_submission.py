@@ -142,6 +142,15 @@ def test_folders_that_lack_everything_import_too(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["known"] == {"val_bpb": 1.2}
 
 
+def test_a_path_that_is_no_folder_is_not_imported(tmp_path, capsys):
+    (tmp_path / "file").write_text("{}")
+    for name, message in {"nowhere": "nowhere is missing", "file": "file is a file"}.items():
+        assert sub.main(["import", str(tmp_path / name)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text() | st.integers(),
     lambda part: st.lists(part) | st.dictionaries(st.text(), part),
@@ -464,6 +473,21 @@ def test_new_without_a_run_says_so(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     assert new(tmp_path)[0] == 1
     assert "train first" in capsys.readouterr().err
+
+
+def test_a_record_of_our_own_lacks_only_its_artifact(tmp_path):
+    final = "final_int8_zlib_roundtrip_exact val_loss:2.01000000 val_bpb:1.01000000"
+    for seed in (1, 2):
+        log = run_json(tmp_path / "logs", seed).with_suffix(".txt")
+        log.write_text(f"preset:smoke seed:{seed} settings:SEED={seed}\n{final}\n")
+    folder = new(tmp_path)[1]
+    found = sub.import_published(folder)
+    assert found.missing == ["the artifact, so that the score cannot be computed again without training"]
+    assert found.seeds["1"]["val_bpb"] == 1.01
+    told = json.loads((folder / "submission.json").read_text())
+    for odd in ([], "x", None):
+        (folder / "submission.json").write_text(json.dumps(told | {"seed_results": odd}))
+        assert "submission.json: seed_results" in sub.import_published(folder).missing
 
 
 # --- Reviews ---

@@ -850,8 +850,10 @@ def import_published(folder: Path) -> Imported:
         missing.append(f"submission.json (it has {path.name})")
     ours = [f.name for f in dataclasses.fields(Submission)]
     known = {n: theirs[key] for n in ours for key in reversed(ALIASES.get(n, (n,))) if theirs.get(key) is not None}
-    results = known.pop("seed_results", {})
-    results = results if isinstance(results, dict) else {}
+    results = known.get("seed_results")
+    if not isinstance(results, dict):
+        results = {}
+        known.pop("seed_results", None)
     seeds = {str(k): dict(v) for k, v in results.items() if isinstance(v, dict)}
     logs = sorted([*folder.glob("train*.log"), *folder.glob("train*.txt")])
     for log_file in logs:
@@ -881,13 +883,18 @@ def import_published(folder: Path) -> Imported:
     if not list(folder.glob("*.ptz")):
         missing.append("the artifact, so that the score cannot be computed again without training")
     missing += [f"submission.json: {name}" for name in ours if name not in known and name != "benchmarks"]
+    known.pop("seed_results", None)  # they are in `seeds`, with what the logs say
     read = {"seeds", *ours, *(key for keys in ALIASES.values() for key in keys)}
     missing += [f"submission.json: a key of a known meaning (it has {key!r})" for key in theirs if key not in read]
     return Imported(known, seeds, missing)
 
 
 def show_import(args: argparse.Namespace) -> int:
-    found = import_published(Path(args.folder))
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        fault = "is a file" if folder.exists() else "is missing"
+        raise ValueError(f"{folder} {fault}: name the folder of a submission")
+    found = import_published(folder)
     print(json.dumps({"known": found.known, "seeds": found.seeds, "missing": found.missing}, indent=1, default=str))
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import submission as sub
+import verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -467,6 +468,57 @@ def test_new_asks_for_an_author_where_git_knows_none(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sub, "git_setting", lambda name: "Grace")
     assert new(tmp_path, "--author", "")[0] == 0
     assert sub.load_submission(folder).author == "Grace"
+
+
+TINY = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}
+
+
+def tiny(tmp_path: Path, results: Any) -> tuple[int, Path]:
+    """`new` in the track that asks for benchmarks."""
+    file = tmp_path / "benchmarks.json"
+    file.write_text(json.dumps(results))
+    status, folder = new(tmp_path, "--track", "track_tiny_100m", "--benchmarks", str(file))
+    return status, tmp_path / "records" / "track_tiny_100m" / folder.name
+
+
+def test_a_record_can_report_the_benchmarks_that_its_track_asks_for(tmp_path):
+    for seed in (1, 2):
+        run_json(tmp_path / "logs", seed, eval_seq_len=2048)
+    status, folder = tiny(tmp_path, TINY)
+    assert status == 0
+    s = sub.load_submission(folder)
+    assert s.benchmarks == TINY
+    assert verify.check_track(folder, s).ok
+    runs = [json.loads(sub.run_path(folder, seed).read_text()) for seed in s.seed_results]
+    assert verify.check_summary(folder, s, dict(enumerate(runs))).ok
+    assert sub.summarize(runs, sub.script_path(folder).read_bytes(), s.about) == s
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({**TINY, "blimp_accuracy": math.nan}, "blimp_accuracy is nan, not a finite number"),
+        ({**TINY, "blimp_accuracy": "0.7"}, "blimp_accuracy is '0.7', not a finite number"),
+        ({**TINY, "blimp": 0.7}, "benchmarks.json has 'blimp' (track_tiny_100m asks for wikitext2_nats_per_byte"),
+        ({"blimp_accuracy": 0.7}, "benchmarks.json lacks wikitext2_nats_per_byte"),
+        ([0.7], "benchmarks.json is [0.7], not an object"),
+    ],
+)
+def test_benchmarks_that_are_not_those_of_the_track_are_refused(tmp_path, capsys, results, message):
+    run_json(tmp_path / "logs", 1)
+    status, folder = tiny(tmp_path, results)
+    assert status == 1
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_benchmarks_go_with_a_track_that_asks_for_them(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1)
+    (tmp_path / "b.json").write_text(json.dumps(TINY))
+    assert new(tmp_path, "--benchmarks", str(tmp_path / "b.json"))[0] == 1
+    assert "track_non_record_16mb asks for no benchmarks" in capsys.readouterr().err
+    assert new(tmp_path, "--track", "track_tiny_100m")[0] == 1
+    assert "give --benchmarks a file" in capsys.readouterr().err
 
 
 def test_new_without_a_run_says_so(tmp_path, capsys):

@@ -47,7 +47,8 @@ RECORDS = ROOT / "records"
 SCHEMA_FILE = Path(__file__).with_name("submission.schema.json")
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
 PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}  # may differ
-ABOUT = ("name", "author", "github_id", "date", "track", "rules_version", "predictor_class", "base", "blurb", "licence")
+ABOUT: tuple[str, ...] = ("name", "author", "github_id", "date", "track", "rules_version", "predictor_class", "base")
+ABOUT += ("blurb", "licence", "benchmarks")
 Words = Annotated[str, r"\S"]  # a text that is not blank
 COUNTED = ("train", "average", "calibrate")  # phases inside the limit of the training time
 
@@ -113,7 +114,7 @@ class Submission:
     train_tokens: int
     settings: dict[str, Any]
     seed_results: dict[str, SeedResult]
-    benchmarks: dict[str, float] = field(default_factory=dict)
+    benchmarks: dict[str, float] = field(default_factory=dict)  # by name, where the track asks for them
 
     @property
     def text(self) -> tuple[str, str, int, int]:
@@ -128,7 +129,7 @@ class Submission:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What no run knows."""
+        """What the author states, and no run records."""
         return {name: getattr(self, name) for name in ABOUT}
 
     def values(self, key: str) -> list[float]:
@@ -552,7 +553,7 @@ def unlike(name: str, value: Any, other: Any, first: Mapping[str, Any], second: 
 
 
 def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[str, Any]) -> Submission:
-    """The submission that follows from the JSON of its runs. `about` adds what no run knows."""
+    """The submission that follows from the JSON of its runs. `about`: what the author states."""
     first, results = runs[0], {str(run["seed"]): seed_result(run) for run in runs}
     if len(results) < len(runs):
         seeds = ", ".join(sorted(str(run["seed"]) for run in runs))
@@ -762,6 +763,25 @@ def checked_texts(args: argparse.Namespace) -> dict[str, str]:
     return texts
 
 
+def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float]:
+    """The results in a JSON object of name and number, which must be those that the track asks for. Or ValueError."""
+    if not track.benchmarks:
+        if path:
+            raise ValueError(f"--benchmarks={path}: {track_name} asks for no benchmarks, leave the option out")
+        return {}
+    asked = ", ".join(track.benchmarks)
+    if not path:
+        raise ValueError(f"{track_name} asks for {asked}: give --benchmarks a file that holds them as a JSON object")
+    results = read_json(Path(path))
+    wrong = list(faults(results, dict[str, float], path))
+    if not wrong:
+        wrong += [f"{path} lacks {name}" for name in track.benchmarks if name not in results]
+        wrong += [f"{path} has {name!r:.60}" for name in results if name not in track.benchmarks]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong[:6])} ({track_name} asks for {asked})")
+    return results
+
+
 def checked_date(date: str) -> str:
     """The date itself; ValueError if it is not a day written YYYY-MM-DD."""
     try:
@@ -783,13 +803,14 @@ def new(args: argparse.Namespace) -> int:
     runs = [Path(p) for p in args.runs] or runs_like_the_last(Path(args.logs), settings)
     records = [read_run(path) for path in runs]
     refuse_repeats(runs, records)
-    about = {
+    about: dict[str, Any] = {
         **texts,
         "date": checked_date(args.date or records[-1]["date"][:10]),
         "track": args.track,
         "rules_version": version,
         "predictor_class": args.predictor_class,
         "base": args.base,
+        "benchmarks": load_benchmarks(args.benchmarks, args.track, tracks[args.track]),
     }
     submission = summarize(records, script.read_bytes(), about)
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
@@ -918,6 +939,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     make.add_argument("--base", default="", help="the record it builds on, <track>/<folder>")
     make.add_argument("--class", dest="predictor_class", choices=("A", "B"), default="A")
     make.add_argument("--licence", default="MIT")
+    make.add_argument(
+        "--benchmarks", default="", metavar="FILE", help="results by name, a JSON object, where the track asks for them"
+    )
     make.add_argument("--date", default="", help="YYYY-MM-DD; default: of the last run")
     make.add_argument("--runs", nargs="+", default=[], help="their JSON; default: all in --logs like the last")
     make.add_argument("--logs", default="logs")

@@ -470,6 +470,29 @@ def test_new_asks_for_an_author_where_git_knows_none(tmp_path, capsys, monkeypat
     assert sub.load_submission(folder).author == "Grace"
 
 
+def test_the_artifact_is_that_of_whichever_run_still_has_one(tmp_path, capsys):
+    place, data = tmp_path / "out", tmp_path / "shards"
+    for folder in (place, data):
+        folder.mkdir()
+    for name in ("fineweb_val_000000.bin", "manifest.json", "sp.model"):
+        (data / name).write_text(name)
+    where = {"artifact_dir": str(place), "data_path": str(data), "tokenizer_path": str(data / "sp.model")}
+    for seed in (1, 2):
+        run_json(tmp_path / "logs", seed, artifact_sha256=sub.sha256(f"weights {seed}".encode()), **where)
+    assert new(tmp_path, "--artifact")[0] == 1
+    assert f"ARTIFACT_DIR={place} holds nothing" in capsys.readouterr().err
+    artifact = place / "final_model.int8.ptz"
+    artifact.write_text("weights of another run")
+    assert new(tmp_path, "--artifact")[0] == 1
+    assert f"holds {artifact}: of none of these runs" in capsys.readouterr().err
+    artifact.write_text("weights 2")
+    status, folder = new(tmp_path, "--artifact")
+    assert status == 0
+    assert f"{artifact}: the artifact of seed 2" in capsys.readouterr().out
+    assert (folder / artifact.name).read_text() == "weights 2"
+    assert (folder / "data" / "tokenizer.model").read_text() == "sp.model"
+
+
 TINY = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}
 
 

@@ -15,8 +15,10 @@ records/<track>/<YYYY-MM-DD>_<Name>/ with
     train_gpt.py             the script that ran, byte for byte
     train_seed<SEED>.log     the log of each run
     train_seed<SEED>.json    what that run wrote about itself
-    final_model.*.ptz        the artifact of the first seed (--artifact), for text that may be handed on
-    data/                    with it: validation shards, their bytes and manifest, and the tokenizer
+    final_model.*.ptz        with --artifact: the artifact of the first of these runs whose ARTIFACT_DIR still holds it,
+                             that is of the last run if all wrote to one folder
+    data/                    with the artifact: validation shards, their bytes and manifest, and the tokenizer; only
+                             for text that may be passed on
     reviews.json             what others found (tools/verify.py --sign)
 """
 
@@ -664,7 +666,7 @@ def fill_record(folder: Path, submission: Submission, runs: Sequence[Path], scri
         shutil.copyfile(log, log_path(folder, seed))
     shutil.copyfile(script, script_path(folder))
     if artifact:
-        copy_artifact(folder, submission, read_json(runs[0]))
+        copy_artifact(folder, submission, [read_json(path) for path in runs])
     save_submission(folder, submission)
     log_text = runs[0].with_suffix(".txt").read_text(encoding="utf-8")
     (folder / "README.md").write_text(readme(submission, log_text), encoding="utf-8")
@@ -675,19 +677,26 @@ def save_submission(folder: Path, submission: Submission) -> None:
     (folder / "submission.json").write_text(text, encoding="utf-8")
 
 
-def copy_artifact(folder: Path, submission: Submission, run: Mapping[str, Any]) -> None:
-    """The artifact of a run, with the validation shards and the tokenizer it was scored with."""
-    results = {result.artifact_sha256 for result in submission.seed_results.values()}
-    found = [p for p in Path(run["artifact_dir"]).glob("final_model.*.ptz") if sha256(p.read_bytes()) in results]
-    if not found:
+def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[str, Any]]) -> None:
+    """The first artifact of these runs that is still there, with the validation shards and tokenizer of its score."""
+    seeds = {result.artifact_sha256: seed for seed, result in submission.seed_results.items()}
+    places = dict.fromkeys(run["artifact_dir"] for run in runs)
+    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz"))]
+    made = {path: seeds[digest] for path in files if (digest := sha256(path.read_bytes())) in seeds}
+    if not made:
+        left = f"{', '.join(map(str, files))}: of none of these runs" if files else "nothing"
         raise ValueError(
-            f"ARTIFACT_DIR={run['artifact_dir']} holds no artifact of these runs any more: drop --artifact"
+            f"ARTIFACT_DIR={', '.join(places)} holds {left}. A run replaces the artifact of an earlier one: train one "
+            "of the seeds again, or drop --artifact"
         )
-    shutil.copyfile(found[0], folder / found[0].name)
+    artifact, seed = next(iter(made.items()))
+    run = next(run for run in runs if str(run["seed"]) == seed)
+    shutil.copyfile(artifact, folder / artifact.name)
     data_path(folder).mkdir()
     for path in [*Path(run["data_path"]).glob("fineweb_val_*.bin"), Path(run["data_path"], "manifest.json")]:
         shutil.copyfile(path, data_path(folder) / path.name)
     shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
+    print(f"{artifact}: the artifact of seed {seed}")
 
 
 def command_line(log: str) -> str:

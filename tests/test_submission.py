@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +281,64 @@ def test_new_takes_every_seed_that_was_run(tmp_path):
     assert sub.run_path(folder, "4").read_bytes() == last.read_bytes()
     text = (folder / "README.md").read_text()
     assert "It is new." in text
-    assert "PRESET=smoke MODEL_DIM=64 SEED=1 python train_gpt.py" in text
     assert sub.script_path(folder).read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+
+
+def typed(command: str, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    """The arguments and the settings that a launcher gets from a command line, as the shell understands it."""
+    echo = "import json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n"
+    for name in ("python", "torchrun"):
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f"#!{sys.executable} -S\n{echo}")
+        stub.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", command], env={"PATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    (program, *arguments), env = json.loads(done.stdout)
+    known = {name.upper() for name in sub.script_settings((ROOT / "train_gpt.py").read_text())}
+    return [Path(program).name, *arguments], {key: env[key] for key in env.keys() & known}
+
+
+@pytest.mark.parametrize(
+    ("run", "launcher", "tokenizer"),
+    [
+        ({}, ["python"], "./data/tokenizers/sp.model"),
+        ({"world_size": 8}, ["torchrun", "--standalone", "--nproc_per_node=8"], "./data/tokenizers/sp.model"),
+        ({"tokenizer_path": "/my data/set_sp1024/t.model"}, ["python"], "./data/datasets/set_sp1024/t.model"),
+    ],
+)
+def test_the_readme_repeats_the_run_from_the_root(tmp_path, run, launcher, tokenizer):
+    where = {"data_path": "/my data/set_sp1024", "tokenizer_path": "/my data/sp.model", "train_dataset": "set_sp1024"}
+    path = run_json(tmp_path / "logs", 5, **where | run)
+    changed = "MODEL_DIM=64,SHUFFLE=False,TIE_EMBEDDINGS=True,RUN_ID=a b,SEED=5,DATA_PATH=/my data/set_sp1024"
+    places = "TOKENIZER_PATH=/x,y,OUT_DIR=x,ARTIFACT_DIR=x"
+    log = f"preset:smoke seed:5 settings:{changed},{places},ITERATIONS=30\ndate:2026-01-02T03:04:05Z python:3\n"
+    path.with_suffix(".txt").write_text(log)
+    status, folder = new(tmp_path)
+    assert status == 0
+    commands = (folder / "README.md").read_text().split("```")[1].removeprefix("bash\n").splitlines()
+    record = f"records/{folder.parent.name}/{folder.name}"
+    assert commands[0] == f"python tools/verify.py {record}"
+    arguments, settings = typed(commands[1], tmp_path)
+    assert arguments == [*launcher, f"{record}/train_gpt.py"]
+    assert settings == {
+        "PRESET": "smoke",
+        "MODEL_DIM": "64",
+        "SHUFFLE": "0",
+        "TIE_EMBEDDINGS": "1",
+        "ITERATIONS": "30",
+        "DATA_PATH": "./data/datasets/set_sp1024",
+        "TOKENIZER_PATH": tokenizer,
+        "SEED": "5",
+        "OUT_DIR": "/tmp/again",
+        "ARTIFACT_DIR": "/tmp/again",
+    }
+
+
+def test_a_log_without_settings_is_refused(tmp_path, capsys):
+    run_json(tmp_path / "logs", 1).with_suffix(".txt").write_text("step:1/2 train_loss:3\n")
+    assert new(tmp_path)[0] == 1
+    assert "the log of run r1 lacks the line preset:... settings:..." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -511,6 +570,7 @@ def test_a_record_can_report_the_benchmarks_that_its_track_asks_for(tmp_path):
     assert status == 0
     s = sub.load_submission(folder)
     assert s.benchmarks == TINY
+    assert "Benchmarks: wikitext2_nats_per_byte 0.9000, " in (folder / "README.md").read_text()
     assert verify.check_track(folder, s).ok
     runs = [json.loads(sub.run_path(folder, seed).read_text()) for seed in s.seed_results]
     assert verify.check_summary(folder, s, dict(enumerate(runs))).ok

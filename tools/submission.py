@@ -656,20 +656,22 @@ def write_record(folder: Path, submission: Submission, runs: Sequence[Path], scr
         raise
 
 
-def fill_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
-    """Write the files of a record into an empty folder."""
-    for path in runs:
-        seed, log = str(read_json(path)["seed"]), path.with_suffix(".txt")
+def fill_record(folder: Path, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool) -> None:
+    """Write the files of a record into an empty folder. `paths` are those of the JSON of its runs."""
+    runs = [read_json(path) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        seed, log = str(run["seed"]), path.with_suffix(".txt")
         if not log.is_file():
             raise ValueError(f"{log} is missing: the log of a run must lie beside its JSON, put it there")
         shutil.copyfile(path, run_path(folder, seed))
         shutil.copyfile(log, log_path(folder, seed))
     shutil.copyfile(script, script_path(folder))
     if artifact:
-        copy_artifact(folder, submission, [read_json(path) for path in runs])
+        copy_artifact(folder, submission, runs)
     save_submission(folder, submission)
-    log_text = runs[0].with_suffix(".txt").read_text(encoding="utf-8")
-    (folder / "README.md").write_text(readme(submission, log_text), encoding="utf-8")
+    log_text = paths[0].with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+    text = readme(folder.name.removesuffix(".part"), submission, runs[0], log_text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def save_submission(folder: Path, submission: Submission) -> None:
@@ -699,29 +701,46 @@ def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[s
     print(f"{artifact}: the artifact of seed {seed}")
 
 
-def command_line(log: str) -> str:
-    """The settings that a run was given, as a shell types them, from the first line of its log."""
-    preset, given = re.findall(r"^preset:(\S+) .*settings:(\S*)", log, re.MULTILINE)[0]
-    chosen = [s for s in given.split(",") if s and s.partition("=")[0].lower() not in PER_RUN | {"preset"}]
-    return " ".join([f"PRESET={preset}", *chosen])
+def command_line(folder: str, s: Submission, run: Mapping[str, Any], log: str) -> str:
+    """What a shell at the repository's root must be told to repeat a run.
+
+    The settings that are not those of the preset stand in the first line of its log. The data are looked for where
+    data/ puts them, and what the run writes stays out of the record's folder, `folder` seen from the root.
+    """
+    line = re.search(r"^preset:(\S+) .*?settings:(.*)$", log, re.MULTILINE)
+    if not line:
+        raise ValueError(f"the log of run {run['run_id']} lacks the line preset:... settings:... with which runs begin")
+    changed = [item.partition("=") for item in re.split(r",(?=[A-Z][A-Z0-9_]*=)", line[2]) if item]
+    settings = {"PRESET": line[1]}
+    settings |= {n: {"True": "1", "False": "0"}.get(v, v) for n, _, v in changed if n.lower() not in PER_RUN}
+    data, tokenizer = f"./data/datasets/{s.train_dataset}", Path(run["tokenizer_path"])
+    shelf = data if tokenizer.parent.name == s.train_dataset else "./data/tokenizers"
+    settings |= {"DATA_PATH": data, "TOKENIZER_PATH": f"{shelf}/{tokenizer.name}", "SEED": str(run["seed"])}
+    settings |= {"OUT_DIR": "/tmp/again", "ARTIFACT_DIR": "/tmp/again"}
+    n = run["world_size"]
+    launcher = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+    return f"{words} {launcher} {shlex.quote(f'{folder}/train_gpt.py')}"
 
 
-def readme(submission: Submission, log: str) -> str:
-    """The text that a new record starts with."""
+def readme(name: str, submission: Submission, run: Mapping[str, Any], log: str) -> str:
+    """The text that a new record starts with. `name` is that of its folder, `log` that of `run`, one of its runs."""
     s, rows = submission, []
+    folder = f"records/{s.track}/{name}"
     for seed, r in s.seed_results.items():
         bpb = f"{r.pre_quant_val_bpb:.4f} | {r.val_bpb:.4f}"
         rows.append(
             f"| {seed} | {r.steps} | {bpb} | {r.train_seconds:.1f} | {r.eval_seconds:.1f} | {r.bytes_total:,} |"
         )
     spread = f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds" if s.val_bpb_std is not None else ", one seed"
+    benchmarks = ", ".join(f"{key} {value:.4f}" for key, value in s.benchmarks.items())
     return f"""# {s.name}
 
 {s.blurb}
 
 **val_bpb {s.val_bpb:.4f}**{spread}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
 {s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
-({s.val_accounting}).
+({s.val_accounting}).{" Benchmarks: " * bool(benchmarks)}{benchmarks}
 
 | seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
 |---|---|---|---|---|---|---|
@@ -729,13 +748,15 @@ def readme(submission: Submission, log: str) -> str:
 
 ## Repeat it
 
+From the root of the repository, with the data set `{s.train_dataset}` ({s.train_tokens:,} training tokens) in
+`data/`; what the run writes goes to `/tmp/again`:
+
 ```bash
-python ../../../tools/verify.py .
-{command_line(log)} SEED={next(iter(s.seed_results))} python train_gpt.py
+python tools/verify.py {folder}
+{command_line(folder, s, run, log)}
 ```
 
-Training data: `{s.train_dataset}`, {s.train_tokens:,} tokens. Builds on: {s.base or "nothing before it"}. Licence:
-{s.licence}.
+Builds on: {s.base or "nothing before it"}. Licence: {s.licence}.
 """
 
 

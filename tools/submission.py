@@ -14,12 +14,12 @@ records/<track>/<YYYY-MM-DD>_<Name>/ with
     README.md                the same in words
     train_gpt.py             the script that ran, byte for byte
     train_seed<SEED>.log     the log of each run
-    train_seed<SEED>.json    what that run wrote about itself
-    final_model.*.ptz        with --artifact: the artifact of the first of these runs whose ARTIFACT_DIR still holds it,
-                             that is of the last run if all wrote to one folder
+    train_seed<SEED>.json    the settings and results that the run wrote
+    final_model.*.ptz        with --artifact: one that still lies in the ARTIFACT_DIR of its run; that of the last run
+                             if all runs wrote to the same folder
     data/                    with the artifact: validation shards, their bytes and manifest, and the tokenizer; only
                              for text that may be passed on
-    reviews.json             what others found (tools/verify.py --sign)
+    reviews.json             what reviewers found (tools/verify.py --sign)
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Submission:
-    """What submission.json says, with every name in it. Means are over all seeds, bytes those of the largest run."""
+    """The contents of submission.json. Means are over all seeds, sizes in bytes are those of the largest run."""
 
     schema_version: int
     name: Words
@@ -122,7 +122,8 @@ class Submission:
     def text(self) -> tuple[str, str, int, int]:
         """What was scored: results with the same text are comparable, whatever the tokenizer.
 
-        Tokenizers that normalise differ in the bytes that their pieces tell of a known text: it is the same text.
+        Counted by their pieces, tokenizers that normalise find different numbers of bytes in one text. A known text
+        therefore goes by its true number of bytes.
         """
         known = known_split(self.val_documents, self.val_text_sha256)
         fits = known is not None and known.fits(self.val_documents, self.val_bytes)
@@ -141,7 +142,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Review:
-    """One entry of reviews.json: what somebody found who looked at the record."""
+    """One entry of reviews.json: what a reviewer found."""
 
     date: str  # YYYY-MM-DD
     reviewer: str
@@ -206,7 +207,7 @@ def load_rules() -> Any:
 
 @dataclass(frozen=True)
 class Split:
-    """A validation text that is known, from records/splits.json. Without a sha256: known by its size alone."""
+    """A known validation text, from records/splits.json. One without a sha256 is recognised by its size alone."""
 
     name: str
     documents: int
@@ -228,7 +229,7 @@ def split_named(name: str) -> Split:
 
 
 def known_split(documents: int, text_sha256: str) -> Split | None:
-    """The known text with this sha256, or, where a sha256 is not known, with this number of documents."""
+    """The known text with this sha256 or, if no sha256 is on file for it, with this number of documents."""
     wanted = (text_sha256, (text_sha256, documents))
     fits = (split for split in load_splits() if (split.text_sha256 or ("unknown", split.documents)) in wanted)
     return next(fits, None)
@@ -240,7 +241,10 @@ def known_split(documents: int, text_sha256: str) -> Split | None:
 
 
 def faults(value: Any, kind: Any, where: str) -> Iterable[str]:
-    """Why a JSON value is not of a type made of dataclasses, dicts, tuples, literals, unions and scalars."""
+    """Every reason why a JSON value does not fit a type, with `where` as its name.
+
+    Types are made of dataclasses, dicts, tuples, literals, unions, annotated texts and scalars.
+    """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return
@@ -251,7 +255,7 @@ def faults(value: Any, kind: Any, where: str) -> Iterable[str]:
         hints = typing.get_type_hints(kind, include_extras=True)
         fields = {f.name: f for f in dataclasses.fields(kind)}
         for name in sorted(value.keys() - fields.keys()):
-            yield f"{where}.{name} is an unknown key: remove it, or say it in README.md"
+            yield f"{where}.{name} is an unknown key: remove it, or move it to README.md"
         for name, f in fields.items():
             optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
             if name in value:
@@ -293,7 +297,7 @@ def kind_name(kind: Any) -> str:
 
 
 def from_json(cls: Any, value: Any, where: str) -> Any:
-    """An instance of a dataclass; ValueError that lists everything wrong with the value."""
+    """An instance of a dataclass from a JSON value; ValueError lists everything that is wrong with the value."""
     wrong = list(faults(value, cls, where))
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -302,7 +306,7 @@ def from_json(cls: Any, value: Any, where: str) -> Any:
 
 
 def rebuilt(value: Any, kind: Any) -> Any:
-    """A checked JSON value as its type."""
+    """The Python value for a JSON value that has passed `faults`."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, "")
@@ -349,7 +353,7 @@ def schema_text() -> str:
 
 
 def load_submission(folder: Path) -> Submission:
-    """ValueError if submission.json is missing, no JSON, or not of the schema."""
+    """ValueError if submission.json is missing, is not JSON or does not fit the schema."""
     return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
 
 
@@ -380,17 +384,17 @@ def run_path(folder: Path, seed: str) -> Path:
 
 
 def artifact_path(folder: Path) -> Path | None:
-    """The artifact that lies in the folder, if there is one."""
+    """The artifact in the folder, if there is one."""
     return next(iter(sorted(folder.glob("final_model.*.ptz"))), None)
 
 
 def data_path(folder: Path) -> Path:
-    """Holds validation shards and tokenizer.model where the record brings them along."""
+    """The folder for validation shards and tokenizer.model, which a record may bring along."""
     return folder / "data"
 
 
 def load_reviews(folder: Path) -> list[Review]:
-    """Oldest first; ValueError for a file that is not of the schema."""
+    """Oldest first; ValueError if reviews.json does not fit the schema."""
     path = folder / "reviews.json"
     entries = read_json(path) if path.exists() else []
     if not isinstance(entries, list):
@@ -443,7 +447,7 @@ PAIR = re.compile(r"\b([a-z]\w*):([^\s,]+)")
 
 
 class RunLog(NamedTuple):
-    """What a log says. Curves are (step, seconds, nats per token)."""
+    """The figures in a log. Curves are lists of (step, seconds, nats per token)."""
 
     train_curve: list[tuple[int, float, float]]
     val_curve: list[tuple[int, float, float]]
@@ -452,13 +456,13 @@ class RunLog(NamedTuple):
 
     @property
     def final(self) -> tuple[str, float, float] | None:
-        """The result: the last line with exact figures, else the last line with figures."""
+        """Name, val_loss and val_bpb of the result: the last `_exact` line or, if there is none, the last score."""
         names = [name for name in self.finals if name.endswith("_exact")] or list(self.finals)
         return (names[-1], *self.finals[names[-1]]) if names else None
 
 
 def parse_log(text: str) -> RunLog:
-    """Reads logs of this project and of the published challenge; lines it does not know are skipped."""
+    """Read a log of this project or of the published challenge, skipping unknown lines."""
     log = RunLog([], [], {}, {})
     for line in text.splitlines():
         if len(line) > 4000:  # a line of a log is short
@@ -526,7 +530,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def seed_result(run: Mapping[str, Any]) -> SeedResult:
-    """From what a run wrote about itself."""
+    """The result of one run, from its JSON."""
     ledger = {key.removeprefix("seconds_"): seconds for key, seconds in run.items() if key.startswith("seconds_")}
     derived = {
         "train_seconds": round(sum(ledger.get(phase, 0.0) for phase in COUNTED), 2),
@@ -562,14 +566,15 @@ def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[s
         raise ValueError(f"the runs have the seeds {seeds}: a record holds one run of each seed")
     for run in runs:
         if run["partial"] or run.get("eval_artifact"):
-            raise ValueError(
-                f"run {run['run_id']} scored a part of the split, or did not train: no record is made of it"
-            )
+            raise ValueError(f"run {run['run_id']} scored a part of the split or did not train: leave it out of --runs")
         for key in ONE_KIND:
             if run[key] != first[key]:
                 raise ValueError(unlike(key, first[key], run[key], first, run))
     if sha256(source) != first["code_sha256"]:
-        raise ValueError(f"the script has sha256 {sha256(source)}, the run was made with {first['code_sha256']}")
+        raise ValueError(
+            f"the script has sha256 {sha256(source)}, but the run was made with {first['code_sha256']}: give --script "
+            "the one that ran"
+        )
 
     def mean(key: str) -> float:
         return statistics.fmean(getattr(result, key) for result in results.values())
@@ -613,7 +618,7 @@ def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
         elif run["steps"]:
             found.append((path, run))
     if not found:
-        raise ValueError(f"{logs} holds the JSON of no finished run: train first, or name one with --runs")
+        raise ValueError(f"{logs} has no JSON of a finished training run: train first, or name runs with --runs")
     last, alike = found[-1][1], []
     names = (last.keys() & (settings | {"code_sha256"})) - PER_RUN - {"tokenizer_sha256"}
     for path, run in found:
@@ -702,10 +707,10 @@ def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[s
 
 
 def command_line(folder: str, s: Submission, run: Mapping[str, Any], log: str) -> str:
-    """What a shell at the repository's root must be told to repeat a run.
+    """The command that repeats a run from the root of the repository. `folder` is the record's path from there.
 
-    The settings that are not those of the preset stand in the first line of its log. The data are looked for where
-    data/ puts them, and what the run writes stays out of the record's folder, `folder` seen from the root.
+    The first line of the log lists the settings that differ from the preset's. The data are expected where the tools
+    in data/ put them, and nothing is written to the record's folder.
     """
     line = re.search(r"^preset:(\S+) .*?settings:(.*)$", log, re.MULTILINE)
     if not line:
@@ -724,7 +729,7 @@ def command_line(folder: str, s: Submission, run: Mapping[str, Any], log: str) -
 
 
 def readme(name: str, submission: Submission, run: Mapping[str, Any], log: str) -> str:
-    """The text that a new record starts with. `name` is that of its folder, `log` that of `run`, one of its runs."""
+    """A first README.md for a record. `name` is the name of its folder, `log` the log of `run`, one of its runs."""
     s, rows = submission, []
     folder = f"records/{s.track}/{name}"
     for seed, r in s.seed_results.items():
@@ -773,8 +778,7 @@ def slug_of(name: str) -> str:
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-")
     if not re.search(r"[A-Za-z0-9]", slug):
         raise ValueError(
-            f"--name={name} leaves nothing to name the folder by: use Latin letters or digits, and put other spellings "
-            "into --blurb"
+            f"--name={name} leaves nothing to name the folder by: add Latin letters or digits, the folder keeps those"
         )
     return slug
 
@@ -845,7 +849,7 @@ def new(args: argparse.Namespace) -> int:
     submission = summarize(records, script.read_bytes(), about)
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
     if folder.exists():
-        raise ValueError(f"{folder} exists: choose another --name")
+        raise ValueError(f"{folder} exists already: choose another --name, or remove the folder")
     write_record(folder, submission, runs, script, args.artifact)
     print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
     return 0
@@ -879,9 +883,10 @@ ALIASES = {  # by our name, what folders of the published challenge call it
 
 
 class Imported(NamedTuple):
-    """A folder in the style of the published challenge: what is known, by our names, and what it lacks.
+    """A folder in the style of the published challenge: what is known of it, under our names, and what is missing.
 
-    A seed's `implied_bytes` follow from the loss, the bpb and the tokens of its log: what the score was divided by.
+    `implied_bytes` of a seed is the number of bytes by which its score was divided, computed from the loss, the bpb and
+    the tokens in its log.
     """
 
     known: dict[str, Any]
@@ -890,11 +895,11 @@ class Imported(NamedTuple):
 
 
 def import_published(folder: Path) -> Imported:
-    """Read a foreign submission.json and its logs, tolerantly: nothing is guessed, all that is missing is named."""
+    """Read a submission.json of any shape, and the logs beside it. Nothing is guessed; whatever is missing is named."""
     files = [folder / "submission.json", *sorted(folder.glob("submission*.json"))]
     path = next((p for p in files if p.is_file()), None)
     theirs = read_json(path) if path else {}
-    theirs, missing = (theirs, []) if isinstance(theirs, dict) else ({}, ["submission.json holds no object"])
+    theirs, missing = (theirs, []) if isinstance(theirs, dict) else ({}, ["an object in submission.json"])
     if path is None:
         missing.append("submission.json")
     elif path.name != "submission.json":
@@ -936,7 +941,7 @@ def import_published(folder: Path) -> Imported:
     missing += [f"submission.json: {name}" for name in ours if name not in known and name != "benchmarks"]
     known.pop("seed_results", None)  # they are in `seeds`, with what the logs say
     read = {"seeds", *ours, *(key for keys in ALIASES.values() for key in keys)}
-    missing += [f"submission.json: a key of a known meaning (it has {key!r})" for key in theirs if key not in read]
+    missing += [f"submission.json: a known meaning of its key {key!r}" for key in theirs if key not in read]
     return Imported(known, seeds, missing)
 
 
@@ -960,9 +965,9 @@ def review(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    make = commands.add_parser("new", help="a record's folder from finished runs")
+    make = commands.add_parser("new", help="make a record's folder from finished runs")
     make.add_argument("--track", required=True)
-    make.add_argument("--name", required=True, help="of the record, and of its folder")
+    make.add_argument("--name", required=True, help="name of the record and of its folder")
     make.add_argument("--blurb", required=True, help="what is new, in a sentence or two")
     make.add_argument("--author", default="", help="default: git's user.name")
     make.add_argument("--github-id", required=True)
@@ -972,14 +977,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     make.add_argument(
         "--benchmarks", default="", metavar="FILE", help="results by name, a JSON object, where the track asks for them"
     )
-    make.add_argument("--date", default="", help="YYYY-MM-DD; default: of the last run")
-    make.add_argument("--runs", nargs="+", default=[], help="their JSON; default: all in --logs like the last")
+    make.add_argument("--date", default="", help="YYYY-MM-DD; default: the day of the last run")
+    make.add_argument("--runs", nargs="+", default=[], help="JSON files; default: the last in --logs and all like it")
     make.add_argument("--logs", default="logs")
     make.add_argument("--script", default=str(ROOT / "train_gpt.py"))
     make.add_argument("--records", default=str(RECORDS))
-    make.add_argument("--artifact", action="store_true", help="with artifact, validation shards and tokenizer")
+    make.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")
     make.set_defaults(run=new)
-    read = commands.add_parser("import", help="what a published-style folder holds and lacks")
+    read = commands.add_parser("import", help="show what a folder in the published style holds and lacks")
     read.add_argument("folder")
     read.set_defaults(run=show_import)
     say = commands.add_parser("review", help="object to a record, or settle the objections")

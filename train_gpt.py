@@ -19,6 +19,7 @@ Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
          module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
          module.config                             GPTConfig
+         load_predictor(path, device)              only in records that adapt to the text they score (tools/judge.py)
 To import the script by path, enter the module into sys.modules before it is executed: dataclasses look it up there.
 """
 
@@ -257,9 +258,8 @@ def check_fields(settings: GPTConfig | Hyperparameters) -> None:
         if kind in (int, float):
             low, high = RANGES.get(field.name, (0, 1e15))
             require(low <= value <= high, f"{name}={value} must be from {low:g} to {high:g}")
-        if field.name in CHOICES:
-            choices = CHOICES[field.name]
-            require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+        choices = CHOICES.get(field.name, (value,))
+        require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
 
 
 def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
@@ -537,11 +537,8 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
     the others              constants of the table below: gates half open, nothing smeared
     """
     zeros = ("proj", "lm_head", "gate", "smear_gate", "smear_scale", "skip_gates")
-    constants: dict[str, Any] = dict.fromkeys(zeros, 0.0) | dict.fromkeys(
-        ("attn_scale", "mlp_scale", "skip_weights"), 1.0
-    )
-    constants |= {"q_gain": hp.qk_gain_init}
-    constants |= {"resid_mix": [[1.0], [0.0]]}  # all of the stream, nothing of the embedding
+    constants: dict[str, Any] = dict.fromkeys(zeros, 0.0) | {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0}
+    constants |= {"q_gain": hp.qk_gain_init, "resid_mix": [[1.0], [0.0]]}  # all of the stream, none of the embedding
     generator = torch.Generator().manual_seed(hp.seed)
     for name, p in model.named_parameters():
         value, kind = torch.empty(p.shape), name.removesuffix(".weight").split(".")[-1]
@@ -735,10 +732,9 @@ class TokenStream:
         """Tokens start .. start + count - 1, across the edges of shards. -> (count,) uint16"""
         parts = [np.zeros(0, "<u2")]
         for shard, end in zip(self.shards, self.ends, strict=True):
-            if start < end and count > 0:
-                first = start - (end - len(shard))
-                parts.append(shard[first : first + count])
-                start, count = start + len(parts[-1]), count - len(parts[-1])
+            begin = end - len(shard)
+            if begin < start + count and start < end:
+                parts.append(shard[max(start - begin, 0) : start + count - begin])
         return np.concatenate(parts)
 
     def require_below(self, vocab_size: int, tokens: np.ndarray, start: int) -> None:
@@ -1039,10 +1035,11 @@ def factorize(moments: Tensor) -> Pair:
     Errors e (C,) in a row of weights cost e M e^T, the sum over j of cost[j] * (e @ feedback[:, j])**2: Cholesky, last
     column first. M is damped, so that inputs which hardly occur need not mend the errors of others.
     """
-    damping = GPTQ_DAMPING * moments.diagonal().double().mean() + 1e-30
-    damped = moments.double() + damping * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # damped = upper @ upper.T
-    return (upper / upper.diagonal()).float(), upper.diagonal().square().float()
+    exact = (moments.cpu() if moments.is_mps else moments).double()  # MPS has no float64
+    exact = exact + (GPTQ_DAMPING * exact.diagonal().mean() + 1e-30) * torch.eye(len(exact)).to(exact)
+    upper = torch.linalg.cholesky(exact.flip(0, 1)).flip(0, 1)  # exact = upper @ upper.T
+    feedback, cost = upper / upper.diagonal(), upper.diagonal().square()
+    return feedback.float().to(moments.device), cost.float().to(moments.device)
 
 
 @torch.no_grad()
@@ -1116,8 +1113,8 @@ def scale_counts(counts: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.ndarray) -> bytes:
-    """Bands of symbols and contexts, each (R, C), and frequencies -> a uint32 for each lane, then uint16 words"""
+def encode_words(bands: list[np.ndarray], frequencies: np.ndarray) -> bytes:
+    """Bands of symbols and contexts, (2, R, C), and frequencies -> a uint32 for each lane, then uint16 words"""
     starts, lanes, words = frequencies.cumsum(axis=1) - frequencies, np.full(ANS_LANES, 2**16, np.uint64), [b""]
     for symbols, contexts in reversed(bands):  # ANS is last in, first out
         x = lanes[: len(symbols)]
@@ -1199,7 +1196,7 @@ def bands_of(table: list[list[Any]]) -> list[tuple[str, slice]]:
 def pack_artifact(model: GPT, states: int = 0, step: float = 0.0, coded: Coded | None = None) -> bytes:
     """The whole file for a model: its config and its weights, in int8 or, where they are `coded`, as codes."""
     codec, words, counts = "trellis_ans" if coded else "int8_zlib", b"", np.zeros(math.prod(FREQUENCIES), np.int64)
-    state, table, payload, bands = model.state_dict(), tensor_table(model, codec), bytearray(), dict[str, Any]()
+    state, table, payload, bands = model.state_dict(), tensor_table(model, codec), bytearray(), dict[str, np.ndarray]()
     header = {"format": ARTIFACT_FORMAT, "codec": codec, "config": dataclasses.asdict(model.config), "tensors": table}
     for name, kind, shape in table:
         w = state[name].detach().float().cpu().reshape(-1, shape[-1])
@@ -1216,13 +1213,12 @@ def pack_artifact(model: GPT, states: int = 0, step: float = 0.0, coded: Coded |
             contexts = 2 * classes[:, None] + quantizer
             counts += np.bincount((contexts.astype(np.int32) << 8 | symbols).ravel(), minlength=len(counts))
             payload += exponents.tobytes() + classes.tobytes()
-            bands[name] = symbols, contexts
+            bands[name] = np.stack((symbols, contexts))
     if coded:
         header |= {"states": states, "step": step}
         frequencies = scale_counts(counts.reshape(FREQUENCIES))
         payload += frequencies.astype("<u2").tobytes()
-        parts = [(bands[name], rows) for name, rows in bands_of(table)]
-        words = encode_words([(symbols[rows], contexts[rows]) for (symbols, contexts), rows in parts], frequencies)
+        words = encode_words([bands[name][:, rows] for name, rows in bands_of(table)], frequencies)
     text = zlib.compress(json.dumps({**header, "payload_bytes": len(payload)}, separators=(",", ":")).encode(), 9)
     body = text + zlib.compress(payload, 9) + words
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
@@ -1249,7 +1245,7 @@ def parse_header(text: bytes) -> tuple[GPT, dict[str, Any]]:
     fits = header.get("tensors") == table and header.get("payload_bytes") == size
     require(fits, "its tensor table does not fit its config")
     require(count <= MAX_PARAMETERS, f"it describes {count} parameters, more than any artifact holds")
-    return model, header
+    return model, header | {"tensors": table, "payload_bytes": size}  # not its 1.0 or true that equal 1
 
 
 def read_artifact(path: Path) -> tuple[GPT, dict[str, Any], bytes, bytes]:
@@ -1336,31 +1332,42 @@ def fit_artifact(model: GPT, moments: Moments, hp: Hyperparameters, log0: Log) -
         require(math.isfinite(float(m.sum() + g.sum())), f"moments of {n} are not finite: lower the learning rates")
     factors = {n: factorize(m) for n, (m, _) in moments.items()}
     worth = {n: (g + GRADIENT_FLOOR * g.mean() + 1e-30) * factors[n][1].mean() for n, (_, g) in moments.items()}
-    least = min(float(w.min()) for w in worth.values())
-    finer = {n: 4 * (w / least).log2() for n, w in worth.items()}  # exponents, by eighths of an octave
+    most = max(1e-20, *(float(w.max()) for w in worth.values()))
+    octaves = {
+        n: (w / most).log2().clamp_min(-32.0) / 2 for n, w in worth.items()
+    }  # a layer may be dead: worth nothing
+    least = min(float(o.min()) for o in octaves.values())
+    finer = {n: 8 * (o - least) for n, o in octaves.items()}  # exponents
     n_codes = sum(w.numel() for w in layers.values())
-    limit = min(hp.max_total_bytes - Path(__file__).stat().st_size, int(hp.max_weight_bits * n_codes / 8))
-    limit = max(limit, n_codes // 16)  # below half a bit there is nothing to choose: the run will be over the limit
-    octaves = {n: w.std(1).clamp_min(1e-9).log2() + finer[n] / 8 for n, w in layers.items()}  # of a row above its step
-    mean = sum(float(octaves[n].sum()) * w.size(1) for n, w in layers.items()) / n_codes
-    step = 2 ** (mean + 2.05 - 8 * limit / n_codes)  # of the coarsest row; a Gaussian takes 2.05 bits more than octaves
+    vectors = [stored_bytes(kind, shape) for _, kind, shape in tensor_table(model, hp.codec) if kind != "codes"]
+    rest = sum(vectors) + 4 * min(ANS_LANES, max(len(w) for w in layers.values())) + 1024  # lanes, header
+    limit = min(hp.max_total_bytes - Path(__file__).stat().st_size, int(hp.max_weight_bits * n_codes / 8) + rest)
+    limit = max(limit, rest + n_codes // 16)  # below half a bit there is no choice: the run will be over the limit
+    bits = 8 * (limit - rest) / n_codes
+    spread = {n: w.std(1).clamp_min(1e-9).log2() + finer[n] / 8 for n, w in layers.items()}  # octaves above the step
+    mean = sum(float(spread[n].sum()) * w.size(1) for n, w in layers.items()) / n_codes
+    step = 2 ** (mean + 2.05 - bits)  # of the coarsest row; a Gaussian takes 2.05 bits more
     slope, moved, last = n_codes / 8, 0.0, (0, 0)  # bytes that half a step takes: a bit per code, less among zeros
     best: tuple[Any, bytes] = (False, 0, -math.inf), b""  # one that fits, with TRELLIS_STATES, large; else a small one
     for states in (1, 1, *[hp.trellis_states] * 3):  # first the fast one, to find the step; a trellis wants more bytes
-        coded = Coded()
+        coded, wanted = Coded(), dict[str, Tensor]()
         for n, w in layers.items():
-            finest = 8 * (step * MAX_CODE / w.abs().amax(1).clamp_min(1e-30)).log2().clamp_max(32.0)
-            exponents = torch.minimum(finer[n].round(), finest.floor()).clamp(0, 255).byte().cpu().numpy()
-            codes, quantizer = quantize_codes(w, factors[n], row_steps(step, exponents).to(w.device), states)
+            finest = 8 * (math.log2(step * MAX_CODE) - w.abs().amax(1).clamp_min(1e-30).log2()).clamp_max(32.0)
+            wanted[n] = torch.minimum(finer[n].round(), finest.floor())
+        coarsest = min(0, *(int(e.min()) for e in wanted.values()))  # below 0 where `step` would clip weights of a row
+        base = step * 2 ** (-coarsest / 8)
+        for n, w in layers.items():
+            exponents = (wanted[n] - coarsest).clamp_max(255).byte().cpu().numpy()
+            codes, quantizer = quantize_codes(w, factors[n], row_steps(base, exponents).to(w.device), states)
             coded[n] = exponents, codes.cpu().numpy(), quantizer.cpu().numpy()
-        packed = pack_artifact(model, states, step, coded)
+        packed = pack_artifact(model, states, base, coded)
         log0(f"quantize: states:{states} step:{step:.6g} bytes:{len(packed)} limit:{limit}")
         fits = len(packed) <= limit
         best = max(best, ((fits, states * fits, len(packed) if fits else -len(packed)), packed))
         if states == hp.trellis_states and 0.995 * limit < len(packed) <= limit:
             break
         slope = max((last[1] - len(packed)) / moved, n_codes / 24) if moved and states == last[0] else slope
-        aim = 0.9975 * limit - (states < hp.trellis_states) * 0.165 * n_codes * 2 ** (-8 * limit / n_codes)
+        aim = 0.9975 * limit - (states < hp.trellis_states) * 0.165 * n_codes * 2**-bits
         last, moved = (states, len(packed)), (len(packed) - aim) / slope
         step *= 2**moved
     return best[1]
@@ -1385,12 +1392,12 @@ class Ledger:
         self.spent: dict[str, float] = {}
 
     def switch(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
         self.spent[self.phase], self.phase = self.seconds(self.phase), phase
         self.since = time.perf_counter()
 
     def seconds(self, phase: str) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # calibrate looks at the clock without waiting for a result
         running = time.perf_counter() - self.since if phase == self.phase else 0.0
         return self.spent.get(phase, 0.0) + running
 
@@ -1422,35 +1429,14 @@ def update_average(average: list[Tensor], weights: list[Tensor], step: int, deca
     torch._foreach_lerp_(average, weights, (1.0 - decay) / (1.0 - decay**step))
 
 
-def available_memory() -> int:
-    """Bytes of memory this process may take: its part, among the ranks of this machine, of what is free."""
-    free = 2**32  # a guess, where the system does not tell
-    if Path("/proc/meminfo").exists():
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (top := limit.read_text().strip()).isdigit():
-        cached = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())["inactive_file"]
-        free = min(free, int(top) - int(limit.with_name("memory.current").read_text()) + int(cached))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def micro_batch_tokens(config: GPTConfig, seq_len: int, device: torch.device) -> int:
-    """Tokens of a first try at a forward and backward pass: 65,536 fill any GPU, 16,384 a CPU, where half of the memory
-    over an upper estimate per token must suffice: an overrun is a kill."""
-    if device.type == "cuda":
-        return 65_536
-    per_layer = config.model_dim * (30 + 4 * config.mlp_mult) + config.num_heads * seq_len
-    per_token = 4 * (len(config.layer_order(looping=True)) * per_layer + 6 * config.vocab_size)
-    return min(16_384, available_memory() // 2 // per_token)
-
-
 def fit_micro_batch(loss_fn: LossFn, model: GPT, loader: Loader, world: World) -> None:
-    """Set the loader's micro-batch; on CUDA halve it until a forward and backward pass fits on every rank."""
+    """Set the loader's micro-batch; on CUDA halve it until a forward and backward pass fits on every rank.
+    65,536 tokens fill any GPU; a CPU is faster with few, whose activations stay in its caches (and in its memory)."""
     if loader.micro_sequences:
         return
     largest, seq_len = math.ceil(loader.n_sequences / world.size), loader.seq_len
-    loader.micro_sequences = max(1, min(largest, micro_batch_tokens(model.config, seq_len, world.device) // seq_len))
+    tokens = 65_536 if world.device.type == "cuda" else 2_048
+    loader.micro_sequences = max(1, min(largest, tokens // seq_len))
     while world.device.type == "cuda":
         failed = torch.zeros(())
         try:
@@ -1571,13 +1557,21 @@ def train(run: Trainer, validate: Callable[[], Score], ledger: Ledger, log0: Log
 def calibrate(run: Trainer, step: int, ledger: Ledger) -> Moments:
     """Second moments per token of all coded layers, on the train batches from `step` on.
 
-    Takes GPTQ_CALIBRATION_BATCHES, fewer where MAX_WALLCLOCK_SECONDS end before, but one at least. Hooks see the layers
-    without torch.compile and a few sequences at a time; for a looped layer, all its passes add up.
+    Takes GPTQ_CALIBRATION_BATCHES, less where MAX_WALLCLOCK_SECONDS end before, but a few sequences at least. Hooks see
+    the layers without torch.compile; for a looped layer, all its passes add up.
     """
     model, hp, cap = run.model, run.hp, run.model.config.logit_softcap
-    spent = run.world.agree(ledger.seconds("train") + ledger.seconds("calibrate"))
+    started = ledger.seconds("train") + ledger.seconds("calibrate")
+    spent = run.world.agree(started)  # by the clock of rank 0, which each rank goes on with by itself
+    ahead, n_tokens = spent - started, torch.zeros((), device=run.world.device)
     layers, zeros = coded_layers(model), functools.partial(torch.zeros, device=run.world.device)
     moments = {n: (zeros(m.weight.size(1), m.weight.size(1)), zeros(m.weight.size(0))) for n, m in layers.items()}
+
+    def pieces() -> Iterator[Pair]:
+        for batch in range(hp.gptq_calibration_batches):
+            for ids, targets in run.loader.batch(step + batch):
+                n_rows = max(1, CALIBRATION_TOKENS // ids.size(1))
+                yield from zip(ids.split(n_rows), targets.split(n_rows), strict=True)
 
     def watch(name: str, layer: Linear) -> Any:
         def add_gradient(g: Tensor) -> None:
@@ -1592,21 +1586,19 @@ def calibrate(run: Trainer, step: int, ledger: Ledger) -> Moments:
 
     hooks = [watch(name, layer) for name, layer in layers.items()]
     with torch.compiler.set_stance("force_eager"):
-        for batch in range(hp.gptq_calibration_batches):
-            for ids, targets in run.loader.batch(step + batch):
-                n_rows = max(1, CALIBRATION_TOKENS // ids.size(1))
-                for part, answers in zip(ids.split(n_rows), targets.split(n_rows), strict=True):
-                    logits = cap * torch.tanh(model.output(norm(model.hidden(part))).float() / cap)  # as output_logits
-                    F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="sum").backward()
+        for ids, targets in pieces():
+            logits = cap * torch.tanh(model.output(norm(model.hidden(ids))).float() / cap)  # as output_logits
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
             model.zero_grad(set_to_none=True)
-            before, spent = spent, run.world.agree(ledger.seconds("train") + ledger.seconds("calibrate"))
+            n_tokens += targets.numel()
+            before, spent = spent, ahead + ledger.seconds("train") + ledger.seconds("calibrate")
             if hp.max_wallclock_seconds and 2 * spent - before > hp.max_wallclock_seconds:
                 break
     for hook in hooks:
         hook.remove()
     flat = [x for m in moments.values() for x in m]
-    run.world.sum_all(flat)
-    torch._foreach_div_(flat, (batch + 1) * hp.train_batch_tokens)
+    run.world.sum_all([*flat, n_tokens])
+    torch._foreach_div_(flat, n_tokens)
     return moments
 
 

@@ -395,7 +395,9 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def report(args: argparse.Namespace) -> None:
-    found = read("points.jsonl")
+    everything = read("points.jsonl")
+    found = [p for p in everything if p.get("seed", 1) == 1]
+    spread(everything)
     for model in dict.fromkeys(p["model"] for p in found):
         mine = [p for p in found if p["model"] == model]
         exact = next(p for p in mine if p["kind"] == "float32")["val_bpb"]
@@ -412,6 +414,25 @@ def report(args: argparse.Namespace) -> None:
     for r in read("roles.jsonl"):
         print(f"| {r['model']} | {r['role']} | {r['predicted']:.4f} | {r['measured']:.4f} |")
     draw(found)
+
+
+def spread(found: list[dict[str, Any]]) -> None:
+    """A table of the points that were made with every seed: mean and deviation over the seeds."""
+    by_seed = {(p["model"], p.get("seed", 1), p["rule"], p["kind"], p["bits"]): p for p in found}
+    sets, seeds = list(found[0]["val_bpb"]), sorted({key[1] for key in by_seed})
+    print(f"\nSeeds {', '.join(map(str, seeds))}, mean and deviation\n")
+    print("| model | steps | codes | bits | " + " | ".join(f"tax, {s}" for s in sets) + " | KL |")
+    print("|---" * (5 + len(sets)) + "|")
+    for model in dict.fromkeys(key[0] for key in by_seed):
+        exact = [by_seed.get((model, seed, "-", "float32", 32.0)) for seed in seeds]
+        for rule, kind, bits in points(seed=2):
+            pairs = zip(exact, [by_seed.get((model, seed, rule, kind, bits)) for seed in seeds], strict=True)
+            both = [(a, b) for a, b in pairs if a and b]
+            columns = [np.array([b["val_bpb"][s] - a["val_bpb"][s] for a, b in both]) for s in sets]
+            columns.append(np.array([b["kl"] for _, b in both]))
+            cells = " | ".join(f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in columns)
+            print(f"| {model} | {rule} | {kind} | {bits} | {cells} |")
+
 
 
 def draw(found: list[dict[str, Any]]) -> None:

@@ -417,21 +417,31 @@ def report(args: argparse.Namespace) -> None:
 
 
 def spread(found: list[dict[str, Any]]) -> None:
-    """A table of the points that were made with every seed: mean and deviation over the seeds."""
+    """Tables of the points that were made with every seed: mean and deviation over the seeds, and the trellis with our
+    coder against plain GPTQ with brotli at equal bytes (log-linear between the two sizes of the latter)."""
     by_seed = {(p["model"], p.get("seed", 1), p["rule"], p["kind"], p["bits"]): p for p in found}
     sets, seeds = list(found[0]["val_bpb"]), sorted({key[1] for key in by_seed})
     print(f"\nSeeds {', '.join(map(str, seeds))}, mean and deviation\n")
     print("| model | steps | codes | bits | " + " | ".join(f"tax, {s}" for s in sets) + " | KL |")
     print("|---" * (5 + len(sets)) + "|")
+    means: dict[tuple[str, str, float], tuple[float, float, Any]] = {}
     for model in dict.fromkeys(key[0] for key in by_seed):
-        exact = [by_seed.get((model, seed, "-", "float32", 32.0)) for seed in seeds]
         for rule, kind, bits in points(seed=2):
-            pairs = zip(exact, [by_seed.get((model, seed, rule, kind, bits)) for seed in seeds], strict=True)
-            both = [(a, b) for a, b in pairs if a and b]
-            columns = [np.array([b["val_bpb"][s] - a["val_bpb"][s] for a, b in both]) for s in sets]
-            columns.append(np.array([b["kl"] for _, b in both]))
+            pairs = [[by_seed[model, n, *way] for way in (("-", "float32", 32.0), (rule, kind, bits))] for n in seeds]
+            columns = [np.array([b["val_bpb"][s] - a["val_bpb"][s] for a, b in pairs]) for s in sets]
+            columns.append(np.array([b["kl"] for _, b in pairs]))
             cells = " | ".join(f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in columns)
             print(f"| {model} | {rule} | {kind} | {bits} | {cells} |")
+            if rule != "published clips":
+                ours, brotli = (float(np.mean([b["bytes"][coder] for _, b in pairs])) for coder in ("ours", "brotli"))
+                means[model, kind, bits] = ours, brotli, np.array([x.mean() for x in columns])
+    print("\n| 8 states, ours, against 1 state, brotli | bits | " + " | ".join(f"tax, {s}" for s in sets) + " | KL |")
+    print("|---" * (3 + len(sets)) + "|")
+    for (model, kind, bits), (ours, _, values) in means.items():
+        if kind.startswith("8"):
+            (_, few, high), (_, many, low) = (means[model, "1 state, no rate", b] for b in (2.75, 3.25))
+            plain = high * (low / high) ** ((ours - few) / (many - few))
+            print(f"| {model} | {bits} | {' | '.join(f'{100 * x:+.0f} %' for x in values / plain - 1)} |")
 
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,26 @@ def test_parameter_count_in_the_readme_is_that_of_the_preset(preset):
     with torch.device("meta"):
         model = tg.GPT(tg.from_env(tg.GPTConfig, {"PRESET": preset}))
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in README
+
+
+def test_a_submission_is_the_five_lines_of_the_readme(tmp_path, tiny_settings):
+    """The first four to the letter, in a copy of the repository, with a tiny model; the fifth is git's."""
+    block = re.search(r"A submission is five lines:\n\n```text\n(.*?)```", README, re.S)
+    *lines, git = block[1].splitlines()
+    assert git.startswith("git add ")
+    copied = (ROOT / "train_gpt.py", ROOT / "README.md")
+    for path in copied:
+        shutil.copyfile(path, tmp_path / path.name)
+    for name in ("tools", "data"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("datasets", "tokenizers", "docs*"))
+    (tmp_path / "records").mkdir()
+    for path in (ROOT / "records").glob("*.*"):
+        shutil.copyfile(path, tmp_path / "records" / path.name)
+    settings = {name: value for name, value in tiny_settings.items() if name not in ("RUN_ID", "PYTHONPATH")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    who = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Me"}
+    env = {**settings, **who, "PATH": path, "HOME": str(tmp_path)}
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert "MyIdea" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -136,6 +136,45 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     return Records(tmp_path / "records")
 
 
+def test_no_review_stands_against_a_failed_check(records: Records, monkeypatch: pytest.MonkeyPatch):
+    """Not even one that says it was trained again."""
+    folder = records.add("Praised", "2026-01-01", [1.2, 1.2])
+    sub.add_review(folder, review("reproduced"))
+    assert records.rows()["Praised"].entry.state == "reproduced"
+    monkeypatch.setattr(lb, "failed_checks", lambda folder: ("reviews: by its author",))
+    row = records.rows()["Praised"]
+    assert (row.entry.state, row.rank, row.verdict) == ("claimed", None, "no: fails a check")
+
+
+def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
+    folder = records.add("Sampled", "2026-01-01", [1.2, 1.2])
+    sub.add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
+    assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
+    assert '<span class="badge re-scored"' in lb.page(records.board(), records.folder)
+    sub.add_review(folder, review("rescored", val_bpb=1.2))
+    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+
+
+def test_page_tells_what_a_record_builds_on(records: Records):
+    old = records.add("Old", "2026-01-01", [1.2, 1.2])
+    records.add("New", "2026-01-02", [1.1, 1.1], base=f"{MAIN}/{old.name}")
+    records.add("Hostile", "2026-01-02", [1.1, 1.1], base=f'{MAIN}/"><script>')
+    text = lb.page(records.board(), records.folder)
+    assert text.count("builds on") == 1
+    assert f'<small>builds on <a href="{MAIN}/{old.name}/">{old.name}</a></small>' in text
+
+
+def test_benchmarks_have_columns_where_the_track_asks_for_them(records: Records):
+    track = "track_tiny_100m"
+    values = dict(zip(records.tracks[track].benchmarks, (0.81234, 0.7, 0.4), strict=True))
+    records.add("Tiny", "2026-01-01", [1.2, 1.2], track, benchmarks=values)
+    records.add("Other", "2026-01-01", [1.2, 1.2])
+    text = lb.full_markdown(records.board(), records.folder)
+    assert "| wikitext2 nats per byte | blimp accuracy | arc easy accuracy |" in text
+    assert "| 0.8123 | 0.7000 | 0.4000 |" in text
+    assert text.count("blimp accuracy") == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Significance
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,7 +487,7 @@ def test_logs_that_cannot_be_drawn_are_left_out(records: Records):
     sub.log_path(folder, "1").write_text("step:1/2 val_loss:1.2.3 train_time:1ms\n")
     sub.log_path(folder, "2").write_text("step:1/2 val_loss:nan\nstep:2/2 val_loss:inf\nstep:2/2 train_loss:1.5\n")
     [table] = records.board().tables
-    assert [run["train"] for record in lb.curves([table]) for run in record["runs"]] == [[(2, None, 1.5)]]
+    assert [run["train"] for record in lb.curves(table) for run in record["runs"]] == [[(2, None, 1.5)]]
 
 
 def test_smoothing_keeps_ends_and_straight_lines():
@@ -558,7 +597,7 @@ def test_hostile_names_stay_text_in_the_page(records: Records):
     )
     assert not re.search(r'(?<!&quot;)" onmouseover', text)
     data = json.loads(re.findall(r'id="data">(.*?)</script>', text)[0])
-    assert data[OPEN][0]["name"] == lb.clean(HOSTILE, 80)
+    assert data[f"{OPEN}-1"][0]["name"] == lb.clean(HOSTILE, 80)
 
 
 @given(st.text(max_size=60))
@@ -684,6 +723,33 @@ def test_crosshair_shows_the_values_of_the_log(records: Records, browser: Any, t
     assert [row[:3] for row in tip(browser)] == [["Next", "1", "4,000"]]
     live = browser.find_element("css selector", "[aria-live]").get_attribute("textContent")
     assert live == f"Next, seed 1, step 4000: validation {loss(1.1, 4000)}"
+    assert browser.get_log("browser") == []
+
+
+def pressed(browser: Any) -> list[str]:
+    """The seeds that a figure shows, each with its record."""
+    found = browser.find_elements("css selector", "figure button.seed[aria-pressed=true]")
+    return [button.get_attribute("aria-label") for button in found]
+
+
+def test_every_text_and_class_has_a_figure_of_its_own_that_starts_with_the_best(
+    records: Records, browser: Any, tmp_path: Path
+):
+    for i in range(11):
+        records.add(f"R{i:02d}", "2026-01-01", [1.1 + 0.01 * i, 1.2 + 0.01 * i], OPEN)
+    records.add("Adaptive", "2026-01-01", [1.0], OPEN, predictor_class="B")
+    records.add("Elsewhere", "2026-01-01", [1.0, 1.1], OPEN, val_text_sha256="e" * 64, val_documents=7)
+    opened(browser, records, tmp_path)
+    first, *others = browser.find_elements("css selector", "figure")
+    assert len(others) == 2
+    assert [label for label in pressed(browser) if label.startswith("R")] == [f"R{i:02d}, seed 1" for i in range(8)]
+    assert "Adaptive, seed 1" in pressed(browser)
+    assert len(first.find_elements("css selector", ".legend svg")) == 11
+    assert len(first.find_elements("css selector", "path.run.val")) == 8
+    browser.execute_script("arguments[0].click()", first.find_element("xpath", './/button[text()="show all"]'))
+    assert len(first.find_elements("css selector", "svg > g path.run.val")) == 22
+    browser.execute_script("arguments[0].click()", first.find_element("xpath", './/button[text()="show none"]'))
+    assert len(first.find_elements("css selector", "svg > g path.run.val")) == 0
     assert browser.get_log("browser") == []
 
 

@@ -156,6 +156,7 @@ class Entry:
     state: State
     why: str  # of the state, a sentence
     failures: tuple[str, ...]  # checks that it fails
+    interval: float | None = None  # half width at 95 % of the score behind the state, where a sample was scored
 
     @property
     def stands(self) -> bool:
@@ -198,8 +199,13 @@ def failed_checks(folder: Path) -> tuple[str, ...]:
         return (f"tools/verify.py cannot judge it: {error!r}",)
 
 
-def state_of(submission: Submission, reviews: Sequence[Review], failures: Sequence[str]) -> tuple[State, str]:
-    """The state of a record and its reason. Reviews come oldest first, and those of other code do not count."""
+def state_of(
+    submission: Submission, reviews: Sequence[Review], failures: Sequence[str]
+) -> tuple[State, str, float | None]:
+    """The state of a record, its reason, and the interval of a score that is that of a sample.
+
+    Reviews come oldest first. Those of other code do not count, nor do any for a record that fails a check.
+    """
 
     def said(review: Review, what: str) -> str:
         score = f": val_bpb {review.val_bpb:.4f}" if review.val_bpb is not None else ""
@@ -210,7 +216,9 @@ def state_of(submission: Submission, reviews: Sequence[Review], failures: Sequen
 
     verdicts = [review for review in reviews if review.kind in ("disputed", "settled")]
     if verdicts and verdicts[-1].kind == "disputed":
-        return "disputed", said(verdicts[-1], "disputed")
+        return "disputed", said(verdicts[-1], "disputed"), None
+    if failures:
+        return "claimed", "fails a check: " + "; ".join(failures), None
     kinds: tuple[tuple[str, State, str], ...] = (
         ("reproduced", "reproduced", "trained again"),
         ("rescored", "re-scored", "scored again"),
@@ -218,10 +226,8 @@ def state_of(submission: Submission, reviews: Sequence[Review], failures: Sequen
     for kind, state, what in kinds:
         found = [r for r in reviews if r.kind == kind and r.code_sha256 == submission.code_sha256]
         if found:
-            return state, said(found[-1], what)
-    if failures:
-        return "claimed", "fails a check: " + "; ".join(failures)
-    return "verified", "passes every check of tools/verify.py that needs no training"
+            return state, said(found[-1], what), found[-1].val_bpb_interval
+    return "verified", "passes every check of tools/verify.py that needs no training", None
 
 
 def read_entry(folder: Path, tracks: Mapping[str, Track]) -> Entry:
@@ -246,7 +252,8 @@ def read_entry(folder: Path, tracks: Mapping[str, Track]) -> Entry:
             raise ValueError(f"submission.json has an impossible {key}")
     reviews = load_reviews(folder)
     failures = failed_checks(folder)
-    return Entry(folder, submission, *state_of(submission, reviews, failures), failures)
+    state, why, interval = state_of(submission, reviews, failures)
+    return Entry(folder, submission, state, why, failures, interval)
 
 
 def judged(entries: Iterable[Entry], track: Track) -> list[Row]:
@@ -319,6 +326,7 @@ class Cell(NamedTuple):
     sort: float | str | None = None  # None: last in any order
     folder: Path | None = None  # to link to
     title: str = ""
+    base: Path | None = None  # the record that this one builds on
 
 
 def clean(text: str, limit: int = 400) -> str:
@@ -358,17 +366,21 @@ def cells(row: Row, track: Track) -> dict[str, Cell]:
     before = entry.score("pre_quant_val_bpb")
     size = max(result.bytes_total for result in s.seed_results.values())
     by_score = track.rank_by == "val_bpb"
+    base = entry.folder.parents[1] / s.base if re.fullmatch(r"track_\w+/[\w.+-]+", s.base) else None
+    sampled = f" ± {entry.interval:.4f}" if entry.interval is not None else ""
+    judged = {name: s.benchmarks.get(name) for name in track.benchmarks}
     return {
         "#": Cell("–" if row.rank is None else str(row.rank), row.rank),
-        "record": Cell(clean(s.name, 80) or entry.folder.name, s.name.casefold(), entry.folder, s.blurb),
+        "record": Cell(clean(s.name, 80) or entry.folder.name, s.name.casefold(), entry.folder, s.blurb, base),
         **(score | seeds if by_score else seconds | seeds | score),
+        **{name.replace("_", " "): Cell("" if v is None else f"{v:.4f}", v) for name, v in judged.items()},
         "pre-quant": Cell(number(before, "val_bpb"), before),
         "bytes": Cell(f"{size:,}", size),
         **(seconds if by_score else {}),
         "hardware": Cell(hardware(s.hardware), s.hardware),
         "author": Cell(clean(s.author, 60), s.author.casefold(), title=s.github_id),
         "date": Cell(s.date, s.date),
-        "state": Cell(entry.state, entry.state, title=entry.why),
+        "state": Cell(entry.state + sampled, entry.state, title=entry.why),
         "gain": Cell("" if row.gain is None else number(row.gain, track.rank_by, signed=True), row.gain),
         "p": Cell(p_text(row), row.p),
         "new record": Cell(row.verdict, row.verdict),
@@ -506,8 +518,11 @@ def html_cell(title: str, cell: Cell, ranks: bool, base: Path) -> str:
     about = html.escape(clean(cell.title))
     if cell.folder:
         shown = f'<a href="{html.escape(link(cell.folder, base))}/">{shown}</a><small>{about}</small>'
+        if cell.base:
+            older = f'<a href="{html.escape(link(cell.base, base))}/">{html.escape(cell.base.name)}</a>'
+            shown += f"<small>builds on {older}</small>"
     elif title == "state":
-        shown = f'<span class="badge {shown}" title="{about}" tabindex="0">{shown}</span>'
+        shown = f'<span class="badge {cell.sort}" title="{about}" tabindex="0">{shown}</span>'
     elif about:
         shown = f'<span title="{about}">{shown}</span>'
     key = "" if cell.sort is None else html.escape(clean(str(cell.sort)))
@@ -515,7 +530,8 @@ def html_cell(title: str, cell: Cell, ranks: bool, base: Path) -> str:
     return f'<td role="cell" class="{kind}" data-label="{html.escape(title)}" data-sort="{key}">{shown}</td>'
 
 
-def html_table(table: Table, base: Path) -> str:
+def html_table(table: Table, base: Path, figure: str) -> str:
+    """A table with its title, and `figure`, the name of its curves where it has some."""
     rows = [cells(row, table.track) for row in table.rows]
     titles = "".join(
         f'<th role="columnheader" scope="col" class="{"w" if title in LEFT else "n"}"'
@@ -534,6 +550,7 @@ def html_table(table: Table, base: Path) -> str:
         f'<thead role="rowgroup"><tr role="row">{titles}</tr></thead>\n<tbody role="rowgroup">\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
+        + f'\n<figure data-curves="{html.escape(figure)}"></figure>' * bool(figure)
     )
 
 
@@ -573,14 +590,13 @@ def runs(entry: Entry) -> list[dict[str, Any]]:
     return found
 
 
-def curves(tables: Iterable[Table]) -> list[dict[str, Any]]:
-    """All records of a track with their runs."""
+def curves(table: Table) -> list[dict[str, Any]]:
+    """The records of a table that have logs, with their runs."""
     found = []
-    for table in tables:
-        for row in table.rows:
-            s = row.entry.submission
-            about = {"name": clean(s.name, 80) or row.entry.folder.name, "date": s.date, "class": s.predictor_class}
-            found.append(about | {"runs": runs(row.entry)})
+    for row in table.rows:
+        s = row.entry.submission
+        about = {"name": clean(s.name, 80) or row.entry.folder.name, "date": s.date}
+        found.append(about | {"runs": runs(row.entry)})
     return [record for record in found if record["runs"]]
 
 
@@ -591,17 +607,20 @@ def script_json(value: Any) -> str:
 
 
 def html_sections(board: Board, base: Path) -> tuple[str, dict[str, Any]]:
-    """The sections of all tracks, and the curves that their figures show."""
-    sections, data = [], {}
+    """The sections of all tracks, and the curves of each figure by its name."""
+    sections, data = [], dict[str, Any]()
     for name, group in itertools.groupby(board.tables, key=lambda table: table.track_name):
-        tables, track = list(group), board.tracks[name]
-        data[name] = curves(tables)
-        figure = f'<figure data-track="{html.escape(name)}"></figure>' if data[name] else ""
+        track, tables = board.tracks[name], list[str]()
+        for table in group:
+            figure = f"{name}-{len(tables) + 1}"
+            drawn = curves(table)
+            data |= {figure: drawn} if drawn else {}
+            tables.append(html_table(table, base, figure if drawn else ""))
         sections.append(
             f'<section id="{html.escape(name)}"><h2>{html.escape(track.title)}</h2>\n'
             f'<p>{html.escape(track.rules)}</p>\n<p class="rule">{html.escape(rule(track))}</p>\n'
-            + "\n".join(html_table(table, base) for table in tables)
-            + f"\n{figure}</section>"
+            + "\n".join(tables)
+            + "\n</section>"
         )
     if not board.tables:
         sections.append("<p>No record yet.</p>")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -300,6 +301,20 @@ def run_script(tmp_path_factory, tiny_settings, fork_server) -> Callable[..., Ru
         return Run(done.returncode, done.stdout, done.stderr, folder)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory, documents, lossless_tokenizer) -> Path:
+    """Shards of the small text as data/build_shards.py makes them, manifest and all, with its tokenizer beside."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "given.model").write_bytes(lossless_tokenizer)
+    for name, texts in (("text", documents), ("unseen", documents[::-1])):  # the first 20 are the validation split
+        (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        options = "--input docs.jsonl --val-docs 20 --tokenizer given.model --out . --workers 1 --name".split()
+        command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, name]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        shutil.copyfile(folder / "given.model", folder / "datasets" / name / "tokenizer.model")
+    return folder / "datasets" / "text"
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import submission as sub
+import verify
 
 ADAPTIVE = '''
 
@@ -90,3 +92,40 @@ def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any]
     about = sub.load_submission(folder).about | top
     sub.save_submission(target, sub.summarize(runs, script.read_bytes(), about))
     return target
+
+
+def options(folder: Path, **changed: object) -> SimpleNamespace:
+    """Those of the command line."""
+    given = {
+        "data": folder / "data",
+        "tokenizer": folder / "data" / "tokenizer.model",
+        "documents": None,
+        "unseen": None,
+    }
+    given |= {
+        "folder": folder,
+        "sample": 0,
+        "seed": None,
+        "run_seed": "",
+        "timeout": 60.0,
+        "train_timeout": 200.0,
+        "memory": 8.0,
+        "artifact": None,
+    }
+    return SimpleNamespace(**given | changed)
+
+
+def rescored(folder: Path, **changed: object) -> dict[str, verify.Check]:
+    """The checks of --rescore by name."""
+    s, artifact = sub.load_submission(folder), sub.artifact_path(folder)
+    assert artifact is not None
+    checks, scored = verify.rescore(sub.script_path(folder), artifact, s, options(folder, **changed))
+    if scored is not None:
+        claim = s.seed_results[verify.seed_of(s, artifact)].val_bpb
+        checks.append(verify.check_score("score", scored, claim, verify.SAME_SCORE))
+    return {check.name: check for check in checks}
+
+
+def failed(checks: object) -> set[str]:
+    found = checks.values() if isinstance(checks, dict) else checks
+    return {check.name for check in found if not check.ok}

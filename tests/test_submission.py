@@ -474,7 +474,7 @@ def test_a_file_that_is_no_run_cannot_be_named_as_one(tmp_path, capsys, text, me
     assert error.count("\n") == 1
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(sub.run_types())), VALUES)
 def test_a_run_with_a_value_of_another_type_is_an_error_not_a_crash(tmp_path, name, value):
     path = run_json(tmp_path / "logs", 1)

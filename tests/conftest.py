@@ -310,8 +310,8 @@ def text(tmp_path_factory, documents, lossless_tokenizer) -> Path:
     (folder / "given.model").write_bytes(lossless_tokenizer)
     for name, texts in (("text", documents), ("unseen", documents[::-1])):  # the first 20 are the validation split
         (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        options = "--input docs.jsonl --val-docs 20 --tokenizer given.model --out . --workers 1 --name".split()
-        command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, name]
+        options = ["--input", "docs.jsonl", "--val-docs", "20", "--tokenizer", "given.model", "--out", "."]
+        command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, "--workers", "1", "--name", name]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         shutil.copyfile(folder / "given.model", folder / "datasets" / name / "tokenizer.model")
     return folder / "datasets" / "text"

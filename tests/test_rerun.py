@@ -14,6 +14,7 @@ from records import failed, options, rescored
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sandbox.isolation() != "namespaces", reason="no user namespaces here")
 def test_training_on_the_validation_text_is_caught(text, tmp_path, run_script, record_settings):
     """A script that memorises the validation split scores well, until the split is hidden while it trains."""

@@ -434,6 +434,7 @@ def caught(honest, tmp_path_factory) -> dict[str, dict[str, verify.Check]]:
         return dict(zip(CHEATS, pool.map(run, CHEATS), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_record_that_cheats_is_caught_by_name(caught, name):
     if name == "outlives its end" and not WALLS:
@@ -805,6 +806,7 @@ def test_what_a_record_says_of_its_own_text_must_be_provable(data, tmp_path):
 # --- Training again ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WALLS, reason="no user namespaces here")
 def test_an_honest_record_trains_again_to_what_it_claims(honest, text):
     s = sub.load_submission(honest)

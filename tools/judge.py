@@ -292,6 +292,11 @@ def bigram_nats(ids: np.ndarray) -> np.ndarray:
     return -np.log(np.concatenate((unigram[:1], p)))
 
 
+def likelier_than(expected: np.ndarray, nats: np.ndarray) -> np.ndarray:
+    """How many times likelier a record found tokens than expected, within bounds. (N,), (N,) nats -> (N,)"""
+    return np.exp((expected - nats).clip(-LIKELIER, LIKELIER))
+
+
 class Scored(NamedTuple):
     """Sums by unit (a document, or a window where windows do not follow documents)."""
 
@@ -382,7 +387,7 @@ def score_windows(
         index += len(cells)
         owners = np.repeat(np.arange(len(cells)), [len(part) for part in scored])
         positions = np.concatenate([np.arange(w.first, w.last) for _, _, w in cells])
-        likelier = np.exp((expected[positions] - np.concatenate(scored)).clip(-LIKELIER, LIKELIER))
+        likelier = likelier_than(expected[positions], np.concatenate(scored))
         for at_random, reservoir in reservoirs.items():
             keys = np.log(rng.random(len(positions))) / (1.0 if at_random else likelier)
             for j in reservoir.entering(keys):
@@ -520,7 +525,7 @@ def score_adaptive(
         nats[a:b] = -log_probs[torch.arange(b - a), torch.from_numpy(chunk)].double().numpy()
         if number in probed:
             at_random.append(len(at_random) % 2 == 0)
-            likelier = np.exp((expected[a:b] - nats[a:b]).clip(-LIKELIER, LIKELIER))
+            likelier = likelier_than(expected[a:b], nats[a:b])
             weights = np.ones(b - a) if at_random[-1] else likelier
             cut = int(rng.choice(b - a, p=weights / weights.sum()))
             past = int(rng.integers(a))  # text it knows, and no noise to tell it by

@@ -368,12 +368,12 @@ def cells(row: Row, track: Track) -> dict[str, Cell]:
     by_score = track.rank_by == "val_bpb"
     base = entry.folder.parents[1] / s.base if re.fullmatch(r"track_\w+/[\w.+-]+", s.base) else None
     sampled = f" ± {entry.interval:.4f}" if entry.interval is not None else ""
-    judged = {name: s.benchmarks.get(name) for name in track.benchmarks}
+    benchmarks = {name: s.benchmarks.get(name) for name in track.benchmarks}
     return {
         "#": Cell("–" if row.rank is None else str(row.rank), row.rank),
         "record": Cell(clean(s.name, 80) or entry.folder.name, s.name.casefold(), entry.folder, s.blurb, base),
         **(score | seeds if by_score else seconds | seeds | score),
-        **{name.replace("_", " "): Cell("" if v is None else f"{v:.4f}", v) for name, v in judged.items()},
+        **{name.replace("_", " "): Cell("" if v is None else f"{v:.4f}", v) for name, v in benchmarks.items()},
         "pre-quant": Cell(number(before, "val_bpb"), before),
         "bytes": Cell(f"{size:,}", size),
         **(seconds if by_score else {}),

@@ -93,15 +93,15 @@ class GPTConfig:
     num_heads: int = setting(8, low=1, high=256)
     num_kv_heads: int = setting(4, low=1, high=256)  # below num_heads: grouped-query attention
     mlp_mult: int = setting(4, low=1, high=256)  # hidden width of the MLP / model_dim
-    leaky_relu_slope: float = setting(0.5, high=1)  # of the MLP below 0, before squaring; 0 means relu
+    leaky_relu_slope: float = setting(0.5, high=1)  # slope below 0 of the MLP's activation; 0 means relu
     rope_base: float = setting(10_000.0, low=1, high=1e12)
     rope_dims: int = 16  # channels of a head that carry its position; 0 means all
     logit_softcap: float = setting(30.0, low=1e-3, high=1e6)  # logits stay within +-logit_softcap
     ln_scale: bool = True  # layer i reads its normalised inputs times 1 / sqrt(i + 1)
-    xsa_last_n: int = setting(11, high=256)  # this many last layers use exclusive self attention (drop_own_value)
+    xsa_last_n: int = setting(11, high=256)  # how many of the last layers use exclusive self attention
     sparse_attn_gate_enabled: bool = True  # a gate per head and token on the output of attention
-    smear_gate_enabled: bool = True  # a gate blends the previous token's embedding in
-    skip_gates_enabled: bool = True  # a gate per channel between stream and skip connection
+    smear_gate_enabled: bool = True  # a gate adds the previous token's embedding
+    skip_gates_enabled: bool = True  # a gate per channel between the stream and a skip connection
     num_loops: int = setting(2, high=256)  # extra passes through layers loop_start .. loop_end
     loop_start: int = setting(3, high=256)
     loop_end: int = setting(5, high=256)
@@ -110,8 +110,8 @@ class GPTConfig:
     bos_id: int = 1  # the token that starts every document
     eval_method: str = setting("document", choices=("document", "flat"))  # see scoring_windows
     eval_seq_len: int = setting(0, high=2**15)  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
-    eval_stride: int = setting(0, high=2**15)  # targets per window of a longer text; 0 means eval_seq_len: no overlap
-    # Of activations. The run replaces auto by bfloat16 or float32, whichever the hardware is good at.
+    eval_stride: int = setting(0, high=2**15)  # targets per further window of a text; 0 means EVAL_SEQ_LEN
+    # The dtype of activations. The run replaces auto by whichever of the other two the hardware is good at.
     compute_dtype: str = setting("auto", choices=("auto", "bfloat16", "float32"))
     tokenizer_sha256: str = ""  # set by the run
 
@@ -161,6 +161,7 @@ class GPTConfig:
 class Hyperparameters:
     """How the weights are found and where files lie. Logged, but not stored in the artifact."""
 
+    # The run and its files
     preset: str = "record"
     run_id: str = ""  # empty means a new uuid4
     seed: int = 1337
@@ -170,28 +171,32 @@ class Hyperparameters:
     artifact_dir: str = "."
     eval_artifact: str = ""  # score this file and stop
     max_total_bytes: int = setting(16_000_000, low=1)  # code + artifact
-    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto: where CUDA or a C++ compiler is found
+    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto means if CUDA or a C++ compiler is there
 
-    # A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank works
-    # through its share in micro-batches.
+    # Batches. A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank
+    # works through its share in micro-batches.
     train_batch_tokens: int = setting(786_432, low=1)
     train_seq_len: int = setting(2048, low=1, high=2**15)
     shuffle: bool = True  # sequences of the train split in random order; 0 takes them as they lie
-    micro_batch_tokens: int = 0  # per rank and forward pass; 0 means found by the run
-    iterations: int = 20_000
-    warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
-    warmdown_iters: int = 0  # the same in steps; above 0 it replaces warmdown_frac
-    min_lr: float = setting(0.1, high=1)  # where the fall ends, as a part of the base rate
-    warmup_steps: int = 20  # steps to compile on before the clock starts, undone afterwards; a CPU takes one
+    micro_batch_tokens: int = 0  # per rank and forward pass; 0 lets the run choose
+
+    # Schedule
+    iterations: int = 20_000  # steps, at most
     max_wallclock_seconds: float = 600.0  # of training; 0 means no limit
+    warmup_steps: int = 20  # steps that compile the model before the clock starts and are undone; a CPU takes one
+    warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
+    warmdown_iters: int = 0  # the same in steps; above 0 it replaces WARMDOWN_FRAC
+    min_lr: float = setting(0.1, high=1)  # learning rate at the end / its base value
     enable_looping_at: float = setting(0.35, high=1)  # part of the run after which layers are looped
-    ema_decay: float = setting(0.9965, high=0.999999)  # per step, of the stored average of the weights; 0: no average
+    ema_decay: float = setting(0.9965, high=0.999999)  # per step, of the weights' average, which is stored; 0 for none
 
-    val_batch_size: int = setting(524_288, low=1)  # tokens per evaluation step over all ranks, at most
+    # Evaluation and log
+    val_batch_size: int = setting(524_288, low=1)  # tokens per forward pass over all ranks, at most
     val_loss_every: int = 1000  # steps; 0 means only at the end
-    val_max_tokens: int = 0  # score only the first tokens, for a quick look; 0 means all
-    train_log_every: int = setting(200, low=1)
+    val_max_tokens: int = 0  # score only so many tokens, for a quick look; 0 means all
+    train_log_every: int = setting(200, low=1)  # steps
 
+    # Initial values and optimizers
     tied_embed_init_std: float = 0.005
     qk_gain_init: float = 5.0
     tied_embed_lr: float = 0.03
@@ -203,18 +208,18 @@ class Hyperparameters:
     muon_backend_steps: int = 5  # Newton-Schulz iterations
     muon_row_normalize: bool = True  # scale the momentum's rows to length 1 before orthogonalizing (MuonEq-R)
     polar_express: bool = True  # each Newton-Schulz iteration has a polynomial of its own
-    muon_wd: float = 0.095  # weight decay per step, times the learning rate; the same for the next two
-    embed_wd: float = 0.085  # of the embedding, which is also the output matrix
+    muon_wd: float = 0.095  # weight decay of the matrices, per step and learning rate
+    embed_wd: float = 0.085  # of the embedding
     adam_wd: float = 0.02  # of gains, scales and gates
     beta1: float = setting(0.9, high=0.999999)
     beta2: float = setting(0.99, high=0.999999)
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0 means no clipping
 
-    # Of the artifact: trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the format of the published baseline.
+    # Artifact. trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the way of the published baseline.
     codec: str = setting("trellis_ans", choices=("trellis_ans", "int8_zlib"))
     trellis_states: int = setting(8, choices=(1, 4, 8))  # one state is a uniform quantizer
-    max_weight_bits: float = setting(6.0, low=1, high=8)  # per coded weight, if MAX_TOTAL_BYTES leaves room for more
+    max_weight_bits: float = setting(6.0, low=1, high=8)  # per coded weight, even if MAX_TOTAL_BYTES has room for more
     gptq_calibration_batches: int = setting(16, low=1, high=1e6)  # steps' worth of training tokens
     gptq_reserve_seconds: float = 4.0  # of MAX_WALLCLOCK_SECONDS, for the calibration
 
@@ -238,11 +243,8 @@ class Hyperparameters:
 
 SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
 
-# Prefixes of the variables of launchers, libraries and CI systems, which may look like a misspelt setting.
-FOREIGN_PREFIXES = (
-    *("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH"),
-    *("NCCL_", "GLOO_", "OMP_", "MKL_", "CUDA", "COMPILER"),
-)
+# Variables of launchers, libraries and CI systems start like this, and may look like a misspelt setting.
+FOREIGN = ("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH", "NCCL", "GLOO", "OMP", "MKL", "CUDA", "COMPILER")
 
 Settings = TypeVar("Settings", GPTConfig, Hyperparameters)
 
@@ -304,7 +306,7 @@ def reject_misspelt(env: Mapping[str, str]) -> None:
     if env.get("TIE_EMBEDDINGS", "1") != "1":
         raise ValueError("TIE_EMBEDDINGS=0 is not supported, the embedding is always the output matrix too: unset it")
     for name in sorted(env.keys() - SETTINGS):
-        if name.startswith(FOREIGN_PREFIXES):
+        if name.startswith(FOREIGN):
             continue
         similar = [known for known in sorted(SETTINGS) if one_edit_apart(name, known)]
         if similar:
@@ -1871,14 +1873,14 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
             last_code[i] = code.to(torch.int8)
             took_b[i] = b_wins
 
-        # Backward: read the codes off the cheapest survivor. What lies behind the block is decided again later.
+        # Backward: read the codes off the cheapest survivor. Those of the lookahead will be decided again.
         at = total.argmin(0)
-        for i in reversed(range(stop - begin)):
-            if begin + i == end - 1:
-                state = at
-            codes[:, begin + i] = last_code[i, at, rows]
+        for i, j in reversed(list(enumerate(range(begin, stop)))):
+            if j == end - 1:
+                state = at  # the next block starts here
+            codes[:, j] = last_code[i, at, rows]
             at = torch.where(took_b[i, at, rows], ways.state_b[at], ways.state_a[at])
-            quantizers[:, begin + i] = quantizer_of[at]
+            quantizers[:, j] = quantizer_of[at]
 
         decided = slice(begin, end)
         error = w[:, decided] - dequantize(codes[:, decided], quantizers[:, decided], step)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import submission as sub
+import record as sub
 import verify
 
 ADAPTIVE = '''

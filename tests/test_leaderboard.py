@@ -16,7 +16,7 @@ from typing import Any
 
 import leaderboard as lb
 import pytest
-import submission as sub
+import record as sub
 from hypothesis import given
 from hypothesis import strategies as st
 

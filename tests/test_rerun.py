@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import record as sub
 import sandbox
-import submission as sub
+import submission
 import verify
 
 from records import failed, options, rescored
@@ -28,7 +29,7 @@ def test_training_on_the_validation_text_is_caught(text, tmp_path, run_script, r
     assert run.status == 0, run.err
     what = ["--track", "track_non_record_16mb", "--name", "Cheat", "--github-id", "x", "--blurb", "b", "--author", "y"]
     files = ["--records", str(tmp_path), "--runs", str(run.folder / "logs" / "run.json"), "--script", str(script)]
-    assert sub.main(["new", *what, "--artifact", *files]) == 0
+    assert submission.main(["new", *what, "--artifact", *files]) == 0
     folder = next((tmp_path / "track_non_record_16mb").iterdir())
     assert failed(verify.static_checks(folder)) == set()
     assert failed(rescored(folder, unseen=text.parent / "unseen")) == {"unseen"}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import submission as sub
+import record as sub
+import submission
 import verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -109,7 +110,7 @@ def published(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_published_folder_imports_with_a_list_of_what_it_lacks(tmp_path):
-    found = sub.import_published(published(tmp_path / "x"))
+    found = submission.import_published(published(tmp_path / "x"))
     assert found.known["val_bpb"] == 1.2243657
     assert found.known["bytes_total"] == 15863489
     assert found.seeds["1337"]["log_val_bpb"] == 1.2243657
@@ -130,7 +131,7 @@ def test_names_that_mean_the_same_are_one(tmp_path):
     told = json.loads((folder / "submission.json").read_text())
     del told["val_bpb"], told["bytes_total"]
     (folder / "submission.json").write_text(json.dumps(told | {"no_slot": True}))
-    found = sub.import_published(folder)
+    found = submission.import_published(folder)
     names = {"val_bpb": 1.065, "bytes_total": 15_900_000, "hardware": "1xRTX5090", "torch": "2.9.1"}
     assert names.items() <= found.known.items()
     assert {f"the log of seed {seed}" for seed in ("42", "0", "7")} <= set(found.missing)
@@ -138,18 +139,18 @@ def test_names_that_mean_the_same_are_one(tmp_path):
 
 
 def test_folders_that_lack_everything_import_too(tmp_path, capsys):
-    found = sub.import_published(tmp_path)
+    found = submission.import_published(tmp_path)
     assert {"submission.json", "any training log", "README.md", "train_gpt.py"} <= set(found.missing)
     (tmp_path / "submission_ternary.json").write_text('{"val_bpb": 1.2}')
-    assert "submission.json (it has submission_ternary.json)" in sub.import_published(tmp_path).missing
-    assert sub.main(["import", str(tmp_path)]) == 0
+    assert "submission.json (it has submission_ternary.json)" in submission.import_published(tmp_path).missing
+    assert submission.main(["import", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["known"] == {"val_bpb": 1.2}
 
 
 def test_a_path_that_is_no_folder_is_not_imported(tmp_path, capsys):
     (tmp_path / "file").write_text("{}")
     for name, message in {"nowhere": "nowhere is missing", "file": "file is a file"}.items():
-        assert sub.main(["import", str(tmp_path / name)]) == 1
+        assert submission.main(["import", str(tmp_path / name)]) == 1
         printed = capsys.readouterr()
         assert printed.out == ""
         assert message in printed.err
@@ -165,7 +166,7 @@ NAMES = sorted({*(f.name for f in dataclasses.fields(sub.Submission)), "seeds", 
 @settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES))
 def test_any_published_json_imports(tmp_path_factory, told):
-    sub.import_published(published(tmp_path_factory.mktemp("x"), **told))
+    submission.import_published(published(tmp_path_factory.mktemp("x"), **told))
 
 
 # --- The schema ---
@@ -261,7 +262,7 @@ def run_json(folder: Path, seed: int, **changes: Any) -> Path:
 def new(tmp_path: Path, *more: str) -> tuple[int, Path]:
     what = ["--track", "track_non_record_16mb", "--name", "An Idea!", "--github-id", "ada", "--blurb", "It is new."]
     places = ["--author", "Ada", "--logs", str(tmp_path / "logs"), "--records", str(tmp_path / "records")]
-    status = sub.main(["new", *what, *places, *more])
+    status = submission.main(["new", *what, *places, *more])
     return status, tmp_path / "records" / "track_non_record_16mb" / "2026-01-02_An-Idea"
 
 
@@ -519,12 +520,12 @@ def test_new_asks_for_the_text_that_is_blank(tmp_path, capsys, option):
 
 def test_new_asks_for_an_author_where_git_knows_none(tmp_path, capsys, monkeypatch):
     run_json(tmp_path / "logs", 1)
-    monkeypatch.setattr(sub, "git_setting", lambda name: "")
+    monkeypatch.setattr(submission, "git_setting", lambda name: "")
     status, folder = new(tmp_path, "--author", "")
     assert status == 1
     assert "give one with --author" in capsys.readouterr().err
     assert not folder.exists()
-    monkeypatch.setattr(sub, "git_setting", lambda name: "Grace")
+    monkeypatch.setattr(submission, "git_setting", lambda name: "Grace")
     assert new(tmp_path, "--author", "")[0] == 0
     assert sub.load_submission(folder).author == "Grace"
 
@@ -616,13 +617,13 @@ def test_a_record_of_our_own_lacks_only_its_artifact(tmp_path):
         log = run_json(tmp_path / "logs", seed).with_suffix(".txt")
         log.write_text(f"preset:smoke seed:{seed} settings:SEED={seed}\n{final}\n")
     folder = new(tmp_path)[1]
-    found = sub.import_published(folder)
+    found = submission.import_published(folder)
     assert found.missing == ["the artifact, so that the score cannot be computed again without training"]
     assert found.seeds["1"]["val_bpb"] == 1.01
     told = json.loads((folder / "submission.json").read_text())
     for odd in ([], "x", None):
         (folder / "submission.json").write_text(json.dumps(told | {"seed_results": odd}))
-        assert "submission.json: seed_results" in sub.import_published(folder).missing
+        assert "submission.json: seed_results" in submission.import_published(folder).missing
 
 
 # --- Reviews ---
@@ -643,5 +644,5 @@ def test_an_objection_can_be_made_and_settled(tmp_path):
     run_json(tmp_path / "logs", 1)
     folder = new(tmp_path)[1]
     for kind in ("disputed", "settled"):
-        assert sub.main(["review", str(folder), "--kind", kind, "--reviewer", "b", "--note", "why"]) == 0
+        assert submission.main(["review", str(folder), "--kind", kind, "--reviewer", "b", "--note", "why"]) == 0
     assert [r.kind for r in sub.load_reviews(folder)] == ["disputed", "settled"]

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import judge
 import numpy as np
 import pytest
+import record as sub
 import sandbox
-import submission as sub
+import submission
 import torch
 import verify
 from hypothesis import given
@@ -45,7 +46,7 @@ def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
         assert run.status == 0, run.err
         runs.append(str(run.folder / "logs" / "run.json"))
     what = ["--track", "track_non_record_16mb", "--name", "Honest", "--github-id", "x", "--blurb", "b", "--author", "y"]
-    assert sub.main(["new", *what, "--records", str(records), "--artifact", "--runs", *runs]) == 0
+    assert submission.main(["new", *what, "--records", str(records), "--artifact", "--runs", *runs]) == 0
     return next((records / "track_non_record_16mb").iterdir())
 
 

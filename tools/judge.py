@@ -37,9 +37,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from record import ROOT, Check
 from sandbox import Bind, Limits, Sandboxed
 from serve import EVENTS, JUDGED, receive, send
-from submission import ROOT, Check
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]

@@ -47,14 +47,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
-from submission import (
+from record import (
     FOLDER_NAME,
     RECORDS,
     ROOT,
     Review,
     Submission,
     Track,
-    known_split,
+    known_text,
     load_reviews,
     load_submission,
     load_tracks,
@@ -62,6 +62,7 @@ from submission import (
     parse_log,
     record_folders,
 )
+from significance import welch
 from verify import static_checks
 
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -72,7 +73,7 @@ HEAD = f"""# Records
 
 One folder for each record, `<track>/<YYYY-MM-DD>_<Name>/`, with the script, the logs and `submission.json`: see
 `tools/submission.py`. The limits of the tracks are in [tracks.json](tracks.json), known validation texts in
-[splits.json](splits.json). [studies](studies) compare techniques and are ranked nowhere. Everything between the two
+[texts.json](texts.json). [studies](studies) compare techniques and are ranked nowhere. Everything between the two
 markers is written by `python tools/leaderboard.py`.
 
 {BEGIN}
@@ -89,57 +90,6 @@ STATES: dict[State, str] = {
     "claimed": "its files fail one",
     "disputed": "an objection is open",
 }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Significance
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def beta_fraction(x: float, a: float, b: float) -> float:
-    """The continued fraction of the incomplete beta function by Lentz's method; fast for x < (a + 1) / (a + b + 2)."""
-    tiny = 1e-300  # stands in for 0, which the method divides by
-    c, d = 1.0, 1.0 / ((1.0 - (a + b) * x / (a + 1.0)) or tiny)
-    value = d
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1.0 / ((1.0 + term * d) or tiny)
-            c = (1.0 + term / c) or tiny
-            value *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return value
-
-
-def student_tail(t: float, df: float) -> float:
-    """P(T >= t) of Student's t distribution: half the regularized incomplete beta I_x(df/2, 1/2), x = df/(df + t^2)."""
-    if t < 0:
-        return 1.0 - student_tail(-t, df)
-    a, b, ratio = df / 2, 0.5, t * t / df
-    x = 1.0 / (1.0 + ratio)
-    if x == 0.0 or ratio == 0.0:
-        return 0.0 if x == 0.0 else 0.5
-    rest = ratio / (1.0 + ratio)  # 1 - x, without cancellation
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest))
-    if x < (a + 1) / (a + b + 2):
-        return 0.5 * front * beta_fraction(x, a, b) / a
-    return 0.5 * (1.0 - front * beta_fraction(rest, b, a) / b)
-
-
-def welch(old: Sequence[float], new: Sequence[float], min_gain: float = 0.0) -> float | None:
-    """One-sided p-value of "mean(old) - mean(new) is at most min_gain"; None where a side has fewer than two values."""
-    if len(old) < 2 or len(new) < 2:
-        return None
-    excess = statistics.fmean(old) - statistics.fmean(new) - min_gain
-    of_old, of_new = statistics.variance(old) / len(old), statistics.variance(new) / len(new)
-    total = of_old + of_new
-    if total == 0.0:  # no spread at all: the difference is what it is
-        return 0.5 if excess == 0 else float(excess < 0)
-    share = of_old / total
-    df = 1.0 / (share**2 / (len(old) - 1) + (1.0 - share) ** 2 / (len(new) - 1))  # Welch-Satterthwaite
-    return student_tail(excess / math.sqrt(total), df)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +254,7 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
             continue
         s = entry.submission
         device = s.hardware if tracks[s.track].by_device else ""
-        groups.setdefault((s.track, s.predictor_class, s.text, device), []).append(entry)
+        groups.setdefault((s.track, s.predictor_class, s.scored_text, device), []).append(entry)
     places = {name: i for i, name in enumerate(tracks)}
     order = sorted(groups, key=lambda key: (places[key[0]], key[1], -len(groups[key]), key[2:]))
     tables = [
@@ -400,7 +350,7 @@ def rule(track: Track) -> str:
 
 def text_name(table: Table) -> str:
     accounting, sha256, documents, n_bytes = table.text
-    known = known_split(documents, sha256)
+    known = known_text(documents, sha256)
     name = known.name if known and known.bytes == n_bytes else f"text {clean(sha256)[:12]}, {documents:,} documents"
     return f"{name}, {n_bytes:,} bytes ({accounting})"
 

@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import re
-import statistics
 import sys
 import tempfile
 import tokenize
@@ -37,8 +36,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import submission as sub
-from submission import ROOT, Check
+import record as sub
+from record import ROOT, Check, verdict
+from significance import below
 
 sys.path.append(str(ROOT / "data"))
 from shards import read_shard
@@ -89,10 +89,6 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def verdict(name: str, wrong: Sequence[str], fine: str) -> Check:
-    return Check(name, not wrong, "; ".join(wrong) or fine)
-
-
 def check_files(folder: Path) -> Check:
     wanted = ("README.md", "submission.json", sub.script_path(folder).name)
     wrong = [f"{name} is missing" for name in wanted if not (folder / name).is_file()]
@@ -133,7 +129,7 @@ def check_track(folder: Path, s: sub.Submission) -> Check:
     if track.licences and s.licence not in track.licences:
         wrong.append(f"licence {s.licence!r} is none of {', '.join(track.licences)}")
     wrong += [f"benchmark {name} is missing" for name in track.benchmarks if name not in s.benchmarks]
-    if track.text and not sub.split_named(track.text).fits(s.val_documents, s.val_bytes):
+    if track.text and not sub.text_named(track.text).has_size(s.val_documents, s.val_bytes):
         wrong.append(f"it was scored on {s.val_documents} documents of {s.val_bytes} bytes, not on {track.text}")
     if track.target_val_bpb:
         p = below(track.target_val_bpb, s.values("val_bpb"))
@@ -146,17 +142,14 @@ def check_track(folder: Path, s: sub.Submission) -> Check:
     return verdict("track", wrong, f"{s.track}, rules {s.rules_version}, class {s.predictor_class}, {s.hardware}")
 
 
-def below(target: float, values: Sequence[float]) -> float:
-    """p-value of "the mean is not below target", by Student's one-sided test; without a spread 0, 1 or, for one, 1."""
-    from leaderboard import student_tail
-
-    excess = target - statistics.fmean(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    if deviation == 0.0:
-        return float(excess < 0 or len(values) < 2)
-    return student_tail(excess / deviation * math.sqrt(len(values)), len(values) - 1)
-
-
+# What a script may import: these packages and modules count no bytes.
+PACKAGES = {"numpy", "torch", "sentencepiece", "triton", "flash_attn", "flash_attn_interface", "brotli"}
+PACKAGES |= {"zstandard"}
+MODULES = {"__future__", "abc", "argparse", "bisect", "bz2", "collections", "contextlib", "copy"}
+MODULES |= {"dataclasses", "datetime", "enum", "functools", "gc", "glob", "gzip", "hashlib", "heapq"}
+MODULES |= {"io", "itertools", "json", "lzma", "math", "operator", "os", "pathlib", "platform", "queue"}
+MODULES |= {"random", "re", "shutil", "statistics", "string", "struct", "sys", "sysconfig", "textwrap"}
+MODULES |= {"threading", "time", "typing", "uuid", "warnings", "zlib"}
 NETWORK_MODULES = {"socket", "socketserver", "ssl", "urllib", "http", "ftplib", "smtplib", "poplib", "imaplib"}
 NETWORK_MODULES |= {"asyncio", "xmlrpc", "requests", "httpx", "aiohttp", "huggingface_hub", "datasets", "wandb"}
 HIDING_NAMES = {"exec", "eval", "compile", "__import__", "globals", "locals", "breakpoint"}  # data run as code
@@ -185,12 +178,11 @@ def check_source(folder: Path, s: sub.Submission) -> list[Check]:
     hidden, network = [], []
     if sub.sha256(data) != s.code_sha256:
         hidden.append(f"{path.name} is not the script that ran: its sha256 is not code_sha256")
-    rules = sub.load_rules()
     for line, name in imported(tree):
         if name in NETWORK_MODULES:
             network.append(f"line {line} imports {name}")
-        elif name not in rules["packages"] + rules["modules"]:
-            hidden.append(f"line {line} imports {name}, which records/tracks.json does not list")
+        elif name not in PACKAGES | MODULES:
+            hidden.append(f"line {line} imports {name}, which a record may not")
     hidden += [f"line {line} {fault}" for line, fault in sorted({*hiding(tree), *literals(tree)})]
     long = [i for i, text in enumerate(source.splitlines(), 1) if len(text) > LONG_LINE]
     hidden += [f"line {long[0]} has more than {LONG_LINE} characters"] if long else []
@@ -392,8 +384,8 @@ def check_implied_bytes(s: sub.Submission) -> Check:
         implied = r.val_loss / math.log(2) * r.scored_tokens / r.val_bpb if real else math.inf
         if not real or not math.isclose(implied, s.val_bytes, rel_tol=1e-6):
             wrong.append(f"seed {seed}: val_loss and val_bpb imply {implied:.0f} bytes, the split has {s.val_bytes}")
-    known = sub.known_split(s.val_documents, s.val_text_sha256)
-    if known and not known.fits(s.val_documents, s.val_bytes):
+    known = sub.known_text(s.val_documents, s.val_text_sha256)
+    if known and not known.has_size(s.val_documents, s.val_bytes):
         wrong.append(f"{known.name} has {known.bytes} bytes in {known.documents} documents, not {s.val_bytes}")
     return verdict("implied_bytes", wrong[:6], f"{s.val_bytes} bytes, {known.name if known else 'a text not listed'}")
 

@@ -1,24 +1,19 @@
-"""Make a submission from finished runs, and read those of others. The only file that knows a record's layout.
+"""Make a submission from finished runs, read one of the published challenge, or review one.
 
     python tools/submission.py new --track track_non_record_16mb --name MyIdea --author "Ada" --github-id ada \\
         --blurb "What is new, in one sentence."
-    python tools/submission.py import FOLDER     what a folder in the style of the published challenge holds and lacks
+    python tools/submission.py import FOLDER
     python tools/submission.py review FOLDER --kind disputed --reviewer NAME --note "Why."
 
-`new` takes the last run of logs/ and every other run there with the same script, settings, data and hardware: all seeds
-that were run, not a choice. Where a seed was run more than once, --runs must name the runs. A record is a folder
-records/<track>/<YYYY-MM-DD>_<Name>/ with
+`new` makes a record's folder (tools/record.py says what is in it). It takes the newest run in logs/ and every other run
+there with the same script, settings, data and hardware, so that all seeds that were run are counted and none is chosen.
+Where a seed was run more than once, --runs has to name the runs. With --artifact the record also gets an artifact
+that still lies in the ARTIFACT_DIR of its run, and the validation shards and tokenizer that it was scored on.
 
-    submission.json          what is claimed (class Submission below)
-    README.md                the same in words
-    train_gpt.py             the script that ran, byte for byte
-    train_seed<SEED>.log     the log of each run
-    train_seed<SEED>.json    the settings and results that the run wrote
-    final_model.*.ptz        with --artifact: one that still lies in the ARTIFACT_DIR of its run; that of the last run
-                             if all runs wrote to the same folder
-    data/                    with the artifact: validation shards, their bytes and manifest, and the tokenizer; only
-                             for text that may be passed on
-    reviews.json             what reviewers found (tools/verify.py --sign)
+`import` prints, as JSON, what a folder in the style of the published challenge says under our names, what its logs say
+for each seed, and what it lacks to be a record here.
+
+`review` adds an objection to a record, or settles those that were made. tools/verify.py --sign adds what it measured.
 """
 
 from __future__ import annotations
@@ -49,6 +44,7 @@ from record import (
     add_review,
     data_path,
     faults,
+    is_scalar,
     load_submission,
     load_tracks,
     log_path,
@@ -64,179 +60,47 @@ from record import (
     summarize,
 )
 
-
-def runs_like_the_last(logs: Path, settings: set[str]) -> list[Path]:
-    """The newest run of a folder, and all with the same code, settings, data and hardware: every seed that was run.
-
-    Evaluations, partial scores and runs with other settings are passed over. Named on stderr are runs left out because
-    of their data or hardware alone, and files that no training run wrote.
-    """
-    found = []
-    for path in sorted((p for p in logs.glob("*.json") if p.is_file()), key=lambda p: p.stat().st_mtime):
-        try:
-            run = read_json(path)
-        except (ValueError, OSError) as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
-            continue
-        if isinstance(run, dict) and (run.get("eval_artifact") or run.get("partial")):
-            continue
-        if why := "; ".join(run_faults(run)):
-            print(f"skipped {path}: {why}", file=sys.stderr)
-        elif run["steps"]:
-            found.append((path, run))
-    if not found:
-        raise ValueError(f"{logs} has no JSON of a finished training run: train first, or name runs with --runs")
-    last, alike = found[-1][1], []
-    names = (last.keys() & (settings | {"code_sha256"})) - PER_RUN - {"tokenizer_sha256"}
-    for path, run in found:
-        if all(run.get(name) == last[name] for name in names):
-            if other := next((key for key in SAME_IN_ALL_RUNS if run[key] != last[key]), ""):
-                told = f"{other} is {run[other]}, in the last run {last[other]}"
-                print(f"left out {path}: {told} (--runs names the runs of a record)", file=sys.stderr)
-            else:
-                alike.append(path)
-    return alike
+# ----------------------------------------------------------------------------------------------------------------------
+# new: what the author says
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_repeats(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError if a seed was run more than once; it names the files and a command that takes one run of each seed."""
-    by_seed: dict[int, list[tuple[str, str, str]]] = {}
-    for path, run in zip(paths, runs, strict=True):
-        by_seed.setdefault(run["seed"], []).append((run["date"], str(path), run["run_id"]))
-    told = []
-    for seed, found in sorted(by_seed.items()):
-        files = ", ".join(f"{path} (run {name} of {date})" for date, path, name in sorted(found))
-        told += [f"seed {seed} was run {len(found)} times: {files}"] if len(found) > 1 else []
-    if told:
-        earliest = " ".join(shlex.quote(min(found)[1]) for found in by_seed.values())
-        raise ValueError(
-            f"{'; '.join(told)}. A record holds one run of each seed, and which one is not chosen for you: name the "
-            f"runs, and say in README.md why the others are left out. The earliest of each seed are --runs {earliest}"
-        )
+def new(args: argparse.Namespace) -> int:
+    rules_version, tracks = load_tracks()
+    if args.track not in tracks:
+        raise ValueError(f"--track={args.track} must be one of {', '.join(tracks)}")
+    slug = folder_slug(args.name)
+    texts = author_texts(args)
+
+    script = Path(args.script)
+    paths = [Path(path) for path in args.runs]
+    if not paths:
+        settings = script_settings(script.read_text(encoding="utf-8"))
+        paths = runs_like_the_newest(Path(args.logs), settings)
+    runs = [read_run(path) for path in paths]
+    refuse_repeated_seeds(paths, runs)
+
+    about = {
+        **texts,
+        "date": checked_date(args.date or runs[-1]["date"][:10]),
+        "track": args.track,
+        "rules_version": rules_version,
+        "predictor_class": args.predictor_class,
+        "base": args.base,
+        "benchmarks": load_benchmarks(args.benchmarks, args.track, tracks[args.track]),
+    }
+    submission = summarize(runs, script.read_bytes(), about)
+
+    folder = Path(args.records, args.track, f"{submission.date}_{slug}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose another --name, or remove the folder")
+    write_record(folder, submission, paths, script, args.artifact)
+    print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
+    return 0
 
 
-def write_record(folder: Path, submission: Submission, runs: Sequence[Path], script: Path, artifact: bool) -> None:
-    """Lay out a record's folder, whole or not at all: what is written before an error is removed again."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        fill_record(part, submission, runs, script, artifact)
-        part.rename(folder)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def fill_record(folder: Path, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool) -> None:
-    """Write the files of a record into an empty folder. `paths` are those of the JSON of its runs."""
-    runs = [read_json(path) for path in paths]
-    for path, run in zip(paths, runs, strict=True):
-        seed, log = str(run["seed"]), path.with_suffix(".txt")
-        if not log.is_file():
-            raise ValueError(f"{log} is missing: the log of a run must lie beside its JSON, put it there")
-        shutil.copyfile(path, run_path(folder, seed))
-        shutil.copyfile(log, log_path(folder, seed))
-    shutil.copyfile(script, script_path(folder))
-    if artifact:
-        copy_artifact(folder, submission, runs)
-    save_submission(folder, submission)
-    log_text = paths[0].with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-    text = readme(folder.name.removesuffix(".part"), submission, runs[0], log_text)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[str, Any]]) -> None:
-    """The first artifact of these runs that is still there, with the validation shards and tokenizer of its score."""
-    seeds = {result.artifact_sha256: seed for seed, result in submission.seed_results.items()}
-    places = dict.fromkeys(run["artifact_dir"] for run in runs)
-    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz"))]
-    made = {path: seeds[digest] for path in files if (digest := sha256(path.read_bytes())) in seeds}
-    if not made:
-        left = f"{', '.join(map(str, files))}: of none of these runs" if files else "nothing"
-        raise ValueError(
-            f"ARTIFACT_DIR={', '.join(places)} holds {left}. A run replaces the artifact of an earlier one: train one "
-            "of the seeds again, or drop --artifact"
-        )
-    artifact, seed = next(iter(made.items()))
-    run = next(run for run in runs if str(run["seed"]) == seed)
-    shutil.copyfile(artifact, folder / artifact.name)
-    data_path(folder).mkdir()
-    for path in [*Path(run["data_path"]).glob("fineweb_val_*.bin"), Path(run["data_path"], "manifest.json")]:
-        shutil.copyfile(path, data_path(folder) / path.name)
-    shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
-    print(f"{artifact}: the artifact of seed {seed}")
-
-
-def command_line(folder: str, s: Submission, run: Mapping[str, Any], log: str) -> str:
-    """The command that repeats a run from the root of the repository. `folder` is the record's path from there.
-
-    The first line of the log lists the settings that differ from the preset's. The data are expected where the tools
-    in data/ put them, and nothing is written to the record's folder.
-    """
-    line = re.search(r"^preset:(\S+) .*?settings:(.*)$", log, re.MULTILINE)
-    if not line:
-        raise ValueError(f"the log of run {run['run_id']} lacks the line preset:... settings:... with which runs begin")
-    changed = [item.partition("=") for item in re.split(r",(?=[A-Z][A-Z0-9_]*=)", line[2]) if item]
-    settings = {"PRESET": line[1]}
-    settings |= {n: {"True": "1", "False": "0"}.get(v, v) for n, _, v in changed if n.lower() not in PER_RUN}
-    data, tokenizer = f"./data/datasets/{s.train_dataset}", Path(run["tokenizer_path"])
-    shelf = data if tokenizer.parent.name == s.train_dataset else "./data/tokenizers"
-    settings |= {"DATA_PATH": data, "TOKENIZER_PATH": f"{shelf}/{tokenizer.name}", "SEED": str(run["seed"])}
-    settings |= {"OUT_DIR": "/tmp/again", "ARTIFACT_DIR": "/tmp/again"}
-    n = run["world_size"]
-    launcher = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
-    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
-    return f"{words} {launcher} {shlex.quote(f'{folder}/train_gpt.py')}"
-
-
-def readme(name: str, submission: Submission, run: Mapping[str, Any], log: str) -> str:
-    """A first README.md for a record. `name` is the name of its folder, `log` the log of `run`, one of its runs."""
-    s, rows = submission, []
-    folder = f"records/{s.track}/{name}"
-    for seed, r in s.seed_results.items():
-        bpb = f"{r.pre_quant_val_bpb:.4f} | {r.val_bpb:.4f}"
-        rows.append(
-            f"| {seed} | {r.steps} | {bpb} | {r.train_seconds:.1f} | {r.eval_seconds:.1f} | {r.bytes_total:,} |"
-        )
-    spread = f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds" if s.val_bpb_std is not None else ", one seed"
-    benchmarks = ", ".join(f"{key} {value:.4f}" for key, value in s.benchmarks.items())
-    return f"""# {s.name}
-
-{s.blurb}
-
-**val_bpb {s.val_bpb:.4f}**{spread}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
-{s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
-({s.val_accounting}).{" Benchmarks: " * bool(benchmarks)}{benchmarks}
-
-| seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
-|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-## Repeat it
-
-From the root of the repository, with the data set `{s.train_dataset}` ({s.train_tokens:,} training tokens) in
-`data/`; what the run writes goes to `/tmp/again`:
-
-```bash
-python tools/verify.py {folder}
-{command_line(folder, s, run, log)}
-```
-
-Builds on: {s.base or "nothing before it"}. Licence: {s.licence}.
-"""
-
-
-def git_setting(name: str) -> str:
-    try:
-        found = subprocess.run(["git", "config", name], capture_output=True, text=True, check=False, cwd=ROOT)
-    except OSError:
-        return ""
-    return found.stdout.strip()
-
-
-def slug_of(name: str) -> str:
-    """The name of a record as its folder spells it; ValueError if nothing is left of it."""
+def folder_slug(name: str) -> str:
+    """The name of a record in the characters that the name of its folder may have."""
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-")
     if not re.search(r"[A-Za-z0-9]", slug):
         raise ValueError(
@@ -245,13 +109,17 @@ def slug_of(name: str) -> str:
     return slug
 
 
-def checked_texts(args: argparse.Namespace) -> dict[str, str]:
-    """What the author says of a record in words; ValueError that names the option which is blank."""
-    texts = {name: getattr(args, name) for name in ("name", "author", "github_id", "blurb", "licence")}
+def author_texts(args: argparse.Namespace) -> dict[str, str]:
+    """What the author says about a record in words. ValueError names an option that is blank."""
+    texts = {
+        "name": args.name,
+        "author": args.author or git_user_name(),
+        "github_id": args.github_id,
+        "blurb": args.blurb,
+        "licence": args.licence,
+    }
     if not texts["author"]:
-        texts["author"] = git_setting("user.name")
-        if not texts["author"].strip():
-            raise ValueError("git has no user.name to take the author from: give one with --author")
+        raise ValueError("git has no user.name to take the author from: give one with --author")
     for name, text in texts.items():
         if not text.strip():
             option = "--" + name.replace("_", "-")
@@ -259,23 +127,13 @@ def checked_texts(args: argparse.Namespace) -> dict[str, str]:
     return texts
 
 
-def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float]:
-    """The results in a JSON object of name and number, which must be those that the track asks for. Or ValueError."""
-    if not track.benchmarks:
-        if path:
-            raise ValueError(f"--benchmarks={path}: {track_name} asks for no benchmarks, leave the option out")
-        return {}
-    asked = ", ".join(track.benchmarks)
-    if not path:
-        raise ValueError(f"{track_name} asks for {asked}: give --benchmarks a file that holds them as a JSON object")
-    results = read_json(Path(path))
-    wrong = list(faults(results, dict[str, float], path))
-    if not wrong:
-        wrong += [f"{path} lacks {name}" for name in track.benchmarks if name not in results]
-        wrong += [f"{path} has {name!r:.60}" for name in results if name not in track.benchmarks]
-    if wrong:
-        raise ValueError(f"{'; '.join(wrong[:6])} ({track_name} asks for {asked})")
-    return results
+def git_user_name() -> str:
+    """Empty where git is not installed or knows no name."""
+    try:
+        done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False, cwd=ROOT)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def checked_date(date: str) -> str:
@@ -289,39 +147,252 @@ def checked_date(date: str) -> str:
     return date
 
 
-def new(args: argparse.Namespace) -> int:
-    version, tracks = load_tracks()
-    slug, texts = slug_of(args.name), checked_texts(args)
-    if args.track not in tracks:
-        raise ValueError(f"--track={args.track} must be one of {', '.join(tracks)}")
-    script = Path(args.script)
-    settings = script_settings(script.read_text(encoding="utf-8"))
-    runs = [Path(p) for p in args.runs] or runs_like_the_last(Path(args.logs), settings)
-    records = [read_run(path) for path in runs]
-    refuse_repeats(runs, records)
-    about: dict[str, Any] = {
-        **texts,
-        "date": checked_date(args.date or records[-1]["date"][:10]),
-        "track": args.track,
-        "rules_version": version,
-        "predictor_class": args.predictor_class,
-        "base": args.base,
-        "benchmarks": load_benchmarks(args.benchmarks, args.track, tracks[args.track]),
-    }
-    submission = summarize(records, script.read_bytes(), about)
-    folder = Path(args.records, args.track, f"{submission.date}_{slug}")
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: choose another --name, or remove the folder")
-    write_record(folder, submission, runs, script, args.artifact)
-    print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
-    return 0
+def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float]:
+    """The benchmark results in a JSON file; ValueError if they are not exactly those that the track asks for."""
+    if not track.benchmarks:
+        if path:
+            raise ValueError(f"--benchmarks={path}: {track_name} asks for no benchmarks, leave the option out")
+        return {}
+    asked = ", ".join(track.benchmarks)
+    if not path:
+        raise ValueError(f"{track_name} asks for {asked}: give --benchmarks a file that holds them as a JSON object")
+
+    results = read_json(Path(path))
+    wrong = faults(results, dict[str, float], path)
+    if not wrong:
+        wrong += [f"{path} lacks {name}" for name in track.benchmarks if name not in results]
+        wrong += [f"{path} has {name!r:.60}" for name in results if name not in track.benchmarks]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong[:6])} ({track_name} asks for {asked})")
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# new: which runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def runs_like_the_newest(logs: Path, settings: set[str]) -> list[Path]:
+    """The newest training run in a folder, and all runs with the same script, settings, data and hardware.
+
+    Runs with other settings are another experiment and are passed over. A run that differs only in its data or
+    hardware is left out too, but named on stderr, because its author may not expect that.
+    """
+    runs = training_runs(logs)
+    if not runs:
+        raise ValueError(f"{logs} has no JSON of a finished training run: train first, or name runs with --runs")
+    _, newest = runs[-1]
+
+    # The tokenizer's hash is a setting, but another one means other data.
+    compared = (newest.keys() & (settings | {"code_sha256"})) - PER_RUN - {"tokenizer_sha256"}
+    alike = []
+    for path, run in runs:
+        if any(run.get(name) != newest[name] for name in compared):
+            continue
+        differing = [key for key in SAME_IN_ALL_RUNS if run[key] != newest[key]]
+        if differing:
+            key = differing[0]
+            print(
+                f"left out {path}: {key} is {run[key]}, in the newest run {newest[key]} "
+                "(--runs names the runs of a record)",
+                file=sys.stderr,
+            )
+            continue
+        alike.append(path)
+    return alike
+
+
+def training_runs(logs: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The whole training runs whose JSON lies in a folder, oldest first. Other JSON files are named on stderr."""
+    found = []
+    files = [path for path in logs.glob("*.json") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime):
+        try:
+            run = read_json(path)
+        except (ValueError, OSError) as error:
+            print(f"skipped {path}: {error}", file=sys.stderr)
+            continue
+
+        if isinstance(run, dict) and (run.get("eval_artifact") or run.get("partial")):
+            continue  # an evaluation, or a score of a part of the split
+        wrong = run_faults(run)
+        if wrong:
+            print(f"skipped {path}: {wrong[0]}", file=sys.stderr)
+        elif run["steps"]:
+            found.append((path, run))
+    return found
+
+
+def refuse_repeated_seeds(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError if a seed was run more than once. It suggests a command that takes one run of each seed."""
+    runs_of_seed: dict[int, list[tuple[str, str, str]]] = {}
+    for path, run in zip(paths, runs, strict=True):
+        runs_of_seed.setdefault(run["seed"], []).append((run["date"], str(path), run["run_id"]))
+
+    repeated = []
+    for seed, found in sorted(runs_of_seed.items()):
+        if len(found) > 1:
+            files = ", ".join(f"{path} (run {run_id} of {date})" for date, path, run_id in sorted(found))
+            repeated.append(f"seed {seed} was run {len(found)} times: {files}")
+    if repeated:
+        earliest = [min(found)[1] for found in runs_of_seed.values()]
+        raise ValueError(
+            f"{'; '.join(repeated)}. A record holds one run of each seed, and which one is not chosen for you: name "
+            "the runs, and say in README.md why the others are left out. The earliest of each seed are "
+            f"--runs {shlex.join(earliest)}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# new: the folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_record(folder: Path, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool) -> None:
+    """Make a record's folder, whole or not at all: after an error nothing of it is left."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        fill_record(part, folder.name, submission, paths, script, artifact)
+        part.rename(folder)
+    except BaseException:  # also when interrupted from the keyboard
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def fill_record(
+    folder: Path, name: str, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool
+) -> None:
+    """Write the files of a record called `name` into an empty folder. `paths` lead to the JSON of its runs."""
+    runs = [read_json(path) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        log = path.with_suffix(".txt")
+        if not log.is_file():
+            raise ValueError(f"{log} is missing: the log of a run must lie beside its JSON, put it there")
+        seed = str(run["seed"])
+        shutil.copyfile(path, run_path(folder, seed))
+        shutil.copyfile(log, log_path(folder, seed))
+
+    shutil.copyfile(script, script_path(folder))
+    if artifact:
+        copy_artifact(folder, submission, runs)
+    save_submission(folder, submission)
+    (folder / "README.md").write_text(readme(name, submission, runs[0]), encoding="utf-8")
+
+
+def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Copy the first artifact of these runs that still exists, and the validation data of its run."""
+    seed_of = {result.artifact_sha256: seed for seed, result in submission.seed_results.items()}
+    places = list(dict.fromkeys(run["artifact_dir"] for run in runs))
+    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz"))]
+    ours = [path for path in files if sha256(path.read_bytes()) in seed_of]
+    if not ours:
+        found = f"{', '.join(map(str, files))}: of none of these runs" if files else "nothing"
+        raise ValueError(
+            f"ARTIFACT_DIR={', '.join(places)} holds {found}. A run replaces the artifact of an earlier one: train one "
+            "of the seeds again, or drop --artifact"
+        )
+    artifact = ours[0]
+    seed = seed_of[sha256(artifact.read_bytes())]
+    run = next(run for run in runs if str(run["seed"]) == seed)
+
+    shutil.copyfile(artifact, folder / artifact.name)
+    data_path(folder).mkdir()
+    for path in [*Path(run["data_path"]).glob("fineweb_val_*.bin"), Path(run["data_path"], "manifest.json")]:
+        shutil.copyfile(path, data_path(folder) / path.name)
+    shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
+    print(f"{artifact}: the artifact of seed {seed}")
+
+
+def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
+    """A first README.md for the record in a folder called `name`. `run` is the JSON of one of its runs."""
+    s = submission
+    folder = f"records/{s.track}/{name}"
+
+    rows = []
+    for seed, result in s.seed_results.items():
+        cells = [
+            seed,
+            str(result.steps),
+            f"{result.pre_quant_val_bpb:.4f}",
+            f"{result.val_bpb:.4f}",
+            f"{result.train_seconds:.1f}",
+            f"{result.eval_seconds:.1f}",
+            f"{result.bytes_total:,}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(rows)
+
+    seeds = ", one seed" if s.val_bpb_std is None else f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds"
+    benchmarks = ", ".join(f"{key} {value:.4f}" for key, value in s.benchmarks.items())
+    if benchmarks:
+        benchmarks = f" Benchmarks: {benchmarks}."
+
+    return f"""# {s.name}
+
+{s.blurb}
+
+**val_bpb {s.val_bpb:.4f}**{seeds}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
+{s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
+({s.val_accounting}).{benchmarks}
+
+| seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
+|---|---|---|---|---|---|---|
+{table}
+
+## Repeat it
+
+From the root of the repository, with the data set `{s.train_dataset}` ({s.train_tokens:,} training tokens) in
+`data/`; what the run writes goes to `/tmp/again`:
+
+```bash
+python tools/verify.py {folder}
+{repeat_command(folder, s, run)}
+```
+
+Builds on: {s.base or "nothing before it"}. Licence: {s.licence}.
+"""
+
+
+def repeat_command(folder: str, submission: Submission, run: Mapping[str, Any]) -> str:
+    """The command that repeats a run from the root of the repository. `folder` is the record's path from there.
+
+    The data are expected where the tools in data/ put them, and nothing is written into the record's folder.
+    """
+    changed = run.get("settings_changed")
+    if changed is None:  # the script does not say which settings were changed, so all of them are given
+        changed = {name.upper(): value for name, value in submission.settings.items()}
+
+    settings = {}
+    if "preset" in run:
+        settings["PRESET"] = run["preset"]
+    for name, value in changed.items():
+        if name.lower() not in PER_RUN:
+            settings[name] = str(int(value)) if isinstance(value, bool) else str(value)
+
+    dataset = submission.train_dataset
+    tokenizer = Path(run["tokenizer_path"])
+    beside_the_data = tokenizer.parent.name == dataset
+    tokenizer_folder = f"./data/datasets/{dataset}" if beside_the_data else "./data/tokenizers"
+    settings["DATA_PATH"] = f"./data/datasets/{dataset}"
+    settings["TOKENIZER_PATH"] = f"{tokenizer_folder}/{tokenizer.name}"
+    settings["SEED"] = str(run["seed"])
+    settings["OUT_DIR"] = "/tmp/again"
+    settings["ARTIFACT_DIR"] = "/tmp/again"
+
+    n = run["world_size"]
+    launcher = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    return " ".join([*words, launcher, shlex.quote(f"{folder}/train_gpt.py")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # import
 # ----------------------------------------------------------------------------------------------------------------------
 
-ALIASES = {  # by our name, what folders of the published challenge call it
+# What folders of the published challenge call our keys; the first that is there counts.
+ALIASES = {
     "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb"),
     "val_loss": ("val_loss", "mean_val_loss"),
     "val_bpb_std": ("val_bpb_std", "std_bpb"),
@@ -334,130 +405,188 @@ ALIASES = {  # by our name, what folders of the published challenge call it
     ),
     "bytes_code": ("bytes_code", "code_bytes"),
     "bytes_artifact": ("bytes_artifact", "bytes_model_int8_zlib", "bytes_model_int6_zstd", "bytes_model_compressed"),
-    "pre_quant_val_bpb": ("pre_quant_val_bpb",),
     "train_seconds": ("train_seconds", "train_time_s_mean", "wallclock_seconds"),
     "hardware": ("hardware", "gpu", "platform"),
     "torch": ("torch", "pytorch_version"),
-    "model_params": ("model_params",),
     "base": ("base", "based_on", "base_submission", "base_pr"),
     "blurb": ("blurb", "technique_summary", "notes"),
 }
+OUR_KEYS = [field.name for field in dataclasses.fields(Submission)]
 
 
 class Imported(NamedTuple):
-    """A folder in the style of the published challenge: what is known of it, under our names, and what is missing.
+    """What a folder in the style of the published challenge holds. Nothing in it is guessed."""
 
-    `implied_bytes` of a seed is the number of bytes by which its score was divided, computed from the loss, the bpb and
-    the tokens in its log.
-    """
-
-    known: dict[str, Any]
-    seeds: dict[str, dict[str, Any]]
-    missing: list[str]
+    known: dict[str, Any]  # what its submission.json says, under our names
+    seeds: dict[str, dict[str, Any]]  # what submission.json and the logs say about each seed
+    missing: list[str]  # what a record here needs, and it has not
 
 
 def import_published(folder: Path) -> Imported:
-    """Read a submission.json of any shape, and the logs beside it. Nothing is guessed; whatever is missing is named."""
-    files = [folder / "submission.json", *sorted(folder.glob("submission*.json"))]
-    path = next((p for p in files if p.is_file()), None)
-    theirs = read_json(path) if path else {}
-    theirs, missing = (theirs, []) if isinstance(theirs, dict) else ({}, ["an object in submission.json"])
-    if path is None:
-        missing.append("submission.json")
-    elif path.name != "submission.json":
-        missing.append(f"submission.json (it has {path.name})")
-    ours = [f.name for f in dataclasses.fields(Submission)]
-    known = {n: theirs[key] for n in ours for key in reversed(ALIASES.get(n, (n,))) if theirs.get(key) is not None}
-    results = known.get("seed_results")
-    if not isinstance(results, dict):
-        results = {}
-        known.pop("seed_results", None)
-    seeds = {str(k): dict(v) for k, v in results.items() if isinstance(v, dict)}
+    """Read a submission.json of any shape, and the logs beside it."""
+    claims, missing = read_claims(folder)
+    known = under_our_names(claims)
+
+    # What is known of the seeds goes to `seeds`, together with what the logs say.
+    seed_results = known.pop("seed_results", None)
+    has_seed_results = isinstance(seed_results, dict)
+    seeds = {}
+    if has_seed_results:
+        seeds = {seed: dict(result) for seed, result in seed_results.items() if isinstance(result, dict)}
+
     logs = sorted([*folder.glob("train*.log"), *folder.glob("train*.txt")])
     for log_file in logs:
-        log = parse_log(log_file.read_text(encoding="utf-8", errors="replace"))
-        named = re.search(r"seed_?(\d+)", log_file.name)
-        seed = named[1] if named else log.values.get("seed", "unknown")
-        entry = seeds.setdefault(seed, {})
-        entry["log"] = log_file.name
-        if log.final:
-            entry["log_line"], entry["log_val_loss"], entry["log_val_bpb"] = log.final
-        else:
+        seed, values = read_seed_log(log_file)
+        seeds.setdefault(seed, {}).update(values)
+        if "log_val_bpb" not in values:
             missing.append(f"a final val_bpb in {log_file.name}")
-        entry |= {
-            key: int(log.values[key]) for key in ("bytes_code", "bytes_artifact", "bytes_total") if key in log.values
-        }
-        tokens = log.values.get("tokens", log.values.get("val_tokens", ""))
-        if log.final and tokens.isdigit() and log.final[2] > 0:
-            entry["implied_bytes"] = round(log.final[1] / math.log(2) * int(tokens) / log.final[2])
+
     if "val_bpb" not in known and seeds:
-        scores = [s.get("val_bpb", s.get("log_val_bpb")) for s in seeds.values()]
-        numbers = [x for x in scores if isinstance(x, float)]
-        known |= {"val_bpb": statistics.fmean(numbers)} if len(numbers) == len(scores) else {}
-    promised = theirs.get("seeds") or list(seeds)
-    promised = promised if isinstance(promised, list) else []
-    missing += [f"the log of seed {seed}" for seed in map(str, promised) if "log" not in seeds.get(seed, {})]
+        scores: list[Any] = [values.get("val_bpb", values.get("log_val_bpb")) for values in seeds.values()]
+        if all(is_scalar(score, float) for score in scores):
+            known["val_bpb"] = statistics.fmean(scores)
+
+    promised = claims.get("seeds") or list(seeds)
+    if isinstance(promised, list):
+        missing += [f"the log of seed {seed}" for seed in map(str, promised) if "log" not in seeds.get(seed, {})]
     if not logs:
         missing.append("any training log")
     missing += [name for name in ("README.md", "train_gpt.py") if not (folder / name).is_file()]
     if not list(folder.glob("*.ptz")):
         missing.append("the artifact, so that the score cannot be computed again without training")
-    missing += [f"submission.json: {name}" for name in ours if name not in known and name != "benchmarks"]
-    known.pop("seed_results", None)  # they are in `seeds`, with what the logs say
-    read = {"seeds", *ours, *(key for keys in ALIASES.values() for key in keys)}
-    missing += [f"submission.json: a known meaning of its key {key!r}" for key in theirs if key not in read]
+
+    for name in OUR_KEYS:
+        is_there = has_seed_results if name == "seed_results" else name in known
+        if not is_there and name != "benchmarks":
+            missing.append(f"submission.json: {name}")
+    understood = {"seeds", *OUR_KEYS, *(key for aliases in ALIASES.values() for key in aliases)}
+    missing += [f"submission.json: a known meaning of its key {key!r}" for key in claims if key not in understood]
     return Imported(known, seeds, missing)
+
+
+def read_claims(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The object in submission.json, or in a file with a similar name, and what is missing of it."""
+    files = [folder / "submission.json", *sorted(folder.glob("submission*.json"))]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        return {}, ["submission.json"]
+
+    missing = []
+    if path.name != "submission.json":
+        missing.append(f"submission.json (it has {path.name})")
+    claims = read_json(path)
+    if not isinstance(claims, dict):
+        missing.append("an object in submission.json")
+        claims = {}
+    return claims, missing
+
+
+def under_our_names(claims: Mapping[str, Any]) -> dict[str, Any]:
+    known = {}
+    for name in OUR_KEYS:
+        for alias in ALIASES.get(name, (name,)):
+            if claims.get(alias) is not None:
+                known[name] = claims[alias]
+                break
+    return known
+
+
+def read_seed_log(path: Path) -> tuple[str, dict[str, Any]]:
+    """The seed of a log, and what the log says.
+
+    `implied_bytes` is the number of bytes by which the score was divided. It follows from the loss, the bits per byte
+    and the tokens, and shows at once when two submissions counted the same text differently.
+    """
+    log = parse_log(path.read_text(encoding="utf-8", errors="replace"))
+    named = re.search(r"seed_?(\d+)", path.name)
+    seed = named[1] if named else log.values.get("seed", "unknown")
+
+    values: dict[str, Any] = {"log": path.name}
+    for key in ("bytes_code", "bytes_artifact", "bytes_total"):
+        if log.values.get(key, "").isdecimal():
+            values[key] = int(log.values[key])
+    if log.final:
+        values["log_line"] = log.final.line
+        values["log_val_loss"] = log.final.val_loss
+        values["log_val_bpb"] = log.final.val_bpb
+
+        tokens = log.values.get("tokens", log.values.get("val_tokens", ""))
+        if tokens.isdecimal() and log.final.val_bpb > 0:
+            implied = log.final.val_loss / math.log(2) * float(tokens) / log.final.val_bpb
+            if math.isfinite(implied):
+                values["implied_bytes"] = round(implied)
+    return seed, values
 
 
 def show_import(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
+    if not folder.exists():
+        raise ValueError(f"{folder} is missing: name the folder of a submission")
     if not folder.is_dir():
-        fault = "is a file" if folder.exists() else "is missing"
-        raise ValueError(f"{folder} {fault}: name the folder of a submission")
-    found = import_published(folder)
-    print(json.dumps({"known": found.known, "seeds": found.seeds, "missing": found.missing}, indent=1, default=str))
+        raise ValueError(f"{folder} is a file: name the folder of a submission")
+    print(json.dumps(import_published(folder)._asdict(), indent=1, default=str))
     return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# review, and the command line
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def review(args: argparse.Namespace) -> int:
-    code = load_submission(Path(args.folder)).code_sha256
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    add_review(Path(args.folder), Review(today, args.reviewer, args.kind, code, note=args.note))
+    folder = Path(args.folder)
+    entry = Review(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        reviewer=args.reviewer,
+        kind=args.kind,
+        code_sha256=load_submission(folder).code_sha256,
+        note=args.note,
+    )
+    add_review(folder, entry)
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    make = commands.add_parser("new", help="make a record's folder from finished runs")
-    make.add_argument("--track", required=True)
-    make.add_argument("--name", required=True, help="name of the record and of its folder")
-    make.add_argument("--blurb", required=True, help="what is new, in a sentence or two")
-    make.add_argument("--author", default="", help="default: git's user.name")
-    make.add_argument("--github-id", required=True)
-    make.add_argument("--base", default="", help="the record it builds on, <track>/<folder>")
-    make.add_argument("--class", dest="predictor_class", choices=("A", "B"), default="A")
-    make.add_argument("--licence", default="MIT")
-    make.add_argument(
-        "--benchmarks", default="", metavar="FILE", help="results by name, a JSON object, where the track asks for them"
+
+    command = commands.add_parser("new", help="make a record's folder from finished runs")
+    command.set_defaults(run=new)
+    command.add_argument("--track", required=True)
+    command.add_argument("--name", required=True, help="name of the record and of its folder")
+    command.add_argument("--blurb", required=True, help="what is new, in a sentence or two")
+    command.add_argument("--author", default="", help="default: git's user.name")
+    command.add_argument("--github-id", required=True)
+    command.add_argument("--base", default="", help="the record that this one builds on, <track>/<folder>")
+    command.add_argument("--class", dest="predictor_class", choices=("A", "B"), default="A")
+    command.add_argument("--licence", default="MIT")
+    command.add_argument(
+        "--benchmarks", default="", metavar="FILE", help="a JSON object of name and result, where the track asks for it"
     )
-    make.add_argument("--date", default="", help="YYYY-MM-DD; default: the day of the last run")
-    make.add_argument("--runs", nargs="+", default=[], help="JSON files; default: the last in --logs and all like it")
-    make.add_argument("--logs", default="logs")
-    make.add_argument("--script", default=str(ROOT / "train_gpt.py"))
-    make.add_argument("--records", default=str(RECORDS))
-    make.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")
-    make.set_defaults(run=new)
-    read = commands.add_parser("import", help="show what a folder in the published style holds and lacks")
-    read.add_argument("folder")
-    read.set_defaults(run=show_import)
-    say = commands.add_parser("review", help="object to a record, or settle the objections")
-    say.add_argument("folder")
-    say.add_argument("--kind", choices=("disputed", "settled"), required=True)
-    say.add_argument("--reviewer", required=True)
-    say.add_argument("--note", required=True, help="why")
-    say.set_defaults(run=review)
-    args = parser.parse_args(argv)
+    command.add_argument("--date", default="", help="YYYY-MM-DD; default: the day of the last run")
+    command.add_argument(
+        "--runs", nargs="+", default=[], metavar="JSON", help="default: the newest in --logs and all like it"
+    )
+    command.add_argument("--logs", default="logs", metavar="DIR")
+    command.add_argument("--script", default=str(ROOT / "train_gpt.py"))
+    command.add_argument("--records", default=str(RECORDS), metavar="DIR")
+    command.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")
+
+    command = commands.add_parser("import", help="show what a folder in the published style holds and lacks")
+    command.set_defaults(run=show_import)
+    command.add_argument("folder")
+
+    command = commands.add_parser("review", help="object to a record, or settle the objections")
+    command.set_defaults(run=review)
+    command.add_argument("folder")
+    command.add_argument("--kind", choices=("disputed", "settled"), required=True)
+    command.add_argument("--reviewer", required=True)
+    command.add_argument("--note", required=True, help="why")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:

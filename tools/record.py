@@ -705,7 +705,9 @@ def parse_log(text: str) -> RunLog:
         if score and not re.search(r"(^|\s)partial:", score[4]):
             log.scores[score[1]] = FinalScore(score[1], float(score[2]), float(score[3]))
 
-        log.values.update(KEY_VALUE.findall(line))
+        for key, value in KEY_VALUE.findall(line):
+            in_brackets = value.endswith(")") and value.count(")") > value.count("(")
+            log.values[key] = value[:-1] if in_brackets else value
         for key, pattern in NAMED_VALUES.items():
             if found := pattern.search(line):
                 log.values[key] = found[1]

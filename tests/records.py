@@ -52,22 +52,18 @@ def load_artifact(path, device="cpu"):
 """
 
 
-def with_values_of(run: Mapping[str, Any], line: str) -> str:
+def retold(line: str, run: Mapping[str, Any]) -> str:
     """A line of a log with the values that the JSON of a run has, to as many digits as before."""
 
     def value(found: re.Match[str]) -> str:
-        key = found[1]
+        key, before = found[1], found[2]
         if key not in run or key == "eval_stride":
             return found[0]
-        new = run[key]
-        digits = len(found[2].partition(".")[2])
-        if isinstance(new, float) and digits:
-            return f"{key}:{new:.{digits}f}"
-        if isinstance(new, bool):
-            return f"{key}:{int(new)}"
-        return f"{key}:{new}"
+        digits = len(before.partition(".")[2])
+        told = f"{run[key]:.{digits}f}" if isinstance(run[key], float) and digits else run[key]
+        return f"{key}:{int(told) if isinstance(told, bool) else told}"
 
-    return re.sub(r"\b([a-z]\w*):([^\s,]*[^\s,)])", value, line)
+    return re.sub(r"\b([a-z]\w*):([^\s,)]+)", value, line)
 
 
 def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any] | None = None, **top: Any) -> Path:
@@ -77,31 +73,24 @@ def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any]
     """
     shutil.copytree(folder, target)
     script = sub.script_path(target)
-    old_size = script.stat().st_size
-    source = script.read_bytes() + code.encode()
-    script.write_bytes(source)
-
-    runs = []
+    before = script.read_bytes()
+    script.write_bytes(before + code.encode())
+    runs, old_size, new_size = [], len(before), len(before) + len(code.encode())
     for path in sorted(target.glob("train_seed*.json")):
-        old = json.loads(path.read_text())
-        run = {
-            **old,
-            "code_sha256": sub.sha256(source),
-            "bytes_code": len(source),
-            "bytes_total": len(source) + old["bytes_artifact"],
-            **(changes or {}),
-        }
+        run = json.loads(path.read_text())
+        old = dict(run)
+        run |= {"code_sha256": sub.sha256(script.read_bytes()), "bytes_code": new_size}
+        run |= {"bytes_total": new_size + run["bytes_artifact"], **(changes or {})}
         path.write_text(json.dumps(run))
         runs.append(run)
-
         log = path.with_suffix(".log")
-        text = log.read_text().replace(f"{old_size} bytes", f"{len(source)} bytes")
+        text = log.read_text().replace(f"{old_size} bytes", f"{new_size} bytes")
         text = text.replace(f"{old['bytes_total']} bytes", f"{run['bytes_total']} bytes")
-        lines = text.splitlines(keepends=True)
-        log.write_text("".join(line if line.startswith("step:") else with_values_of(run, line) for line in lines))
-
+        lines = [line if line.startswith("step:") else retold(line, run) for line in text.splitlines(keepends=True)]
+        text = "".join(lines)
+        log.write_text(text)
     about = sub.load_submission(folder).about | top
-    sub.save_submission(target, sub.summarize(runs, source, about))
+    sub.save_submission(target, sub.summarize(runs, script.read_bytes(), about))
     return target
 
 

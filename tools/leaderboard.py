@@ -401,7 +401,7 @@ def rule(track: Track) -> str:
         f"Ranked by the mean {track.rank_by}, lowest first. A new record beats the best of the days before{margin} at "
         f"p < {track.p_value:g} (one-sided Welch t-test over all seeds), with {seeds}; the first of a table counts. "
         "One that is disputed, or fails a check, has no rank and sets no bar. Reference runs are the maintainers' own: "
-        "they set the bar, but are no new records."
+        "they set the bar, but are never called new records."
     )
 
 

@@ -369,7 +369,7 @@ def data_path(folder: Path) -> Path:
 
 
 def load_submission(folder: Path) -> Submission:
-    """ValueError if submission.json is missing, is not JSON, or says something else than class Submission."""
+    """ValueError if submission.json is missing, is not JSON, or does not fit class Submission."""
     return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
 
 
@@ -379,7 +379,7 @@ def save_submission(folder: Path, submission: Submission) -> None:
 
 
 def load_reviews(folder: Path) -> list[Review]:
-    """All reviews, oldest first; ValueError if reviews.json is there but holds something else."""
+    """All reviews, oldest first; ValueError if reviews.json is there but is damaged."""
     path = folder / "reviews.json"
     if not path.exists():
         return []
@@ -516,7 +516,7 @@ def run_types() -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The JSON of a training run; ValueError if it is something else."""
+    """The JSON of a training run; ValueError if it is anything else."""
     run = read_json(path)
     if found := run_faults(run):
         raise ValueError(f"{path} is not the JSON of a training run: {'; '.join(found[:6])}")
@@ -575,7 +575,7 @@ def seed_result(run: Mapping[str, Any]) -> SeedResult:
 def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[str, Any]) -> Submission:
     """The submission that follows from the JSON of its runs, their script, and what the author says about it.
 
-    ValueError if these runs do not belong into one record.
+    ValueError if these runs do not belong in one record.
     """
     first = runs[0]
     for run in runs:

@@ -419,7 +419,7 @@ class Imported(NamedTuple):
 
     known: dict[str, Any]  # what its submission.json says, under our names
     seeds: dict[str, dict[str, Any]]  # what submission.json and the logs say about each seed
-    missing: list[str]  # what a record here needs, and it has not
+    missing: list[str]  # what it lacks to be a record here
 
 
 def import_published(folder: Path) -> Imported:

@@ -1,25 +1,27 @@
-"""An honest record of a tiny model, and ways to turn it into one that cheats."""
+"""Ways to turn an honest record into one that cheats, and to judge it."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import submission as sub
+import judge
+import record
 import verify
 
+# A script with this at its end is an honest one of class B.
 ADAPTIVE = '''
 
 class Predictor:
     """The model, mixed with how often each token was seen in what was observed."""
 
     def __init__(self, model):
-        self.model, self.config = model, model.config
+        self.model = model
+        self.config = model.config
         self.counts = torch.ones(model.config.vocab_size, dtype=torch.float64)
         self.past = torch.zeros(0, dtype=torch.int64)
 
@@ -39,6 +41,7 @@ def load_predictor(path, device="cpu"):
     return Predictor(load_artifact(path, device))
 '''
 
+# The beginning of a cheat of class A, which goes on with a function `changed(ids, logits)`.
 WRAPPED = """
 
 load_honestly = load_artifact
@@ -49,83 +52,86 @@ def load_artifact(path, device="cpu"):
     forward = model.forward
     model.forward = lambda ids: changed(ids, forward(ids))
     return model
+
+
 """
 
 
-def retold(line: str, run: Mapping[str, Any]) -> str:
-    """A line of a log with the values that the JSON of a run has, to as many digits as before."""
+def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any] | None = None, **claims: Any) -> Path:
+    """A copy of a record with code added to its script and other results, every hash, size and log made to agree.
 
-    def value(found: re.Match[str]) -> str:
-        key, before = found[1], found[2]
-        if key not in run or key == "eval_stride":
-            return found[0]
-        digits = len(before.partition(".")[2])
-        told = f"{run[key]:.{digits}f}" if isinstance(run[key], float) and digits else run[key]
-        return f"{key}:{int(told) if isinstance(told, bool) else told}"
-
-    return re.sub(r"\b([a-z]\w*):([^\s,)]+)", value, line)
-
-
-def forge(folder: Path, target: Path, code: str = "", changes: Mapping[str, Any] | None = None, **top: Any) -> Path:
-    """A copy of a record with code added to its script and other results, every hash and size made to fit.
-
-    `changes` replace values of every run, `top` those of submission.json alone.
+    `changes` replace values of every run, `claims` those of submission.json alone.
     """
     shutil.copytree(folder, target)
-    script = sub.script_path(target)
-    before = script.read_bytes()
-    script.write_bytes(before + code.encode())
-    runs, old_size, new_size = [], len(before), len(before) + len(code.encode())
+    script = record.script_path(target)
+    old_size = script.stat().st_size
+    script.write_bytes(script.read_bytes() + code.encode())
+    new_size = script.stat().st_size
+
+    runs = []
     for path in sorted(target.glob("train_seed*.json")):
-        run = json.loads(path.read_text())
-        old = dict(run)
-        run |= {"code_sha256": sub.sha256(script.read_bytes()), "bytes_code": new_size}
-        run |= {"bytes_total": new_size + run["bytes_artifact"], **(changes or {})}
+        run = record.read_json(path)
+        old_total = run["bytes_total"]
+        run["code_sha256"] = record.sha256(script.read_bytes())
+        run["bytes_code"] = new_size
+        run["bytes_total"] = new_size + run["bytes_artifact"]
+        run |= changes or {}
         path.write_text(json.dumps(run))
         runs.append(run)
+
         log = path.with_suffix(".log")
         text = log.read_text().replace(f"{old_size} bytes", f"{new_size} bytes")
-        text = text.replace(f"{old['bytes_total']} bytes", f"{run['bytes_total']} bytes")
-        lines = [line if line.startswith("step:") else retold(line, run) for line in text.splitlines(keepends=True)]
-        text = "".join(lines)
-        log.write_text(text)
-    about = sub.load_submission(folder).about | top
-    sub.save_submission(target, sub.summarize(runs, script.read_bytes(), about))
+        text = text.replace(f"{old_total} bytes", f"{run['bytes_total']} bytes")
+        lines = text.splitlines(keepends=True)
+        log.write_text("".join(line if line.startswith("step:") else rewritten(line, run) for line in lines))
+
+    about = record.load_submission(folder).about | claims
+    record.save_submission(target, record.summarize(runs, script.read_bytes(), about))
     return target
 
 
-def options(folder: Path, **changed: object) -> SimpleNamespace:
-    """Those of the command line."""
-    given = {
-        "data": folder / "data",
-        "tokenizer": folder / "data" / "tokenizer.model",
-        "documents": None,
-        "unseen": None,
-    }
-    given |= {
-        "folder": folder,
-        "sample": 0,
-        "seed": None,
-        "run_seed": "",
-        "timeout": 60.0,
-        "train_timeout": 200.0,
-        "memory": 8.0,
-        "artifact": None,
-    }
-    return SimpleNamespace(**given | changed)
+def rewritten(line: str, run: Mapping[str, Any]) -> str:
+    """A line of a log with the values that the JSON of a run has, to as many digits as before."""
+
+    def pair(match: re.Match[str]) -> str:
+        key, old = match[1], match[2]
+        if key not in run or key == "eval_stride":
+            return match[0]
+        value = run[key]
+        digits = len(old.partition(".")[2])
+        if isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, float) and digits:
+            value = f"{value:.{digits}f}"
+        return f"{key}:{value}"
+
+    # A closing bracket at the end of a value may belong to the line.
+    return re.sub(r"\b([a-z]\w*):([^\s,]*[^\s,)])", pair, line)
 
 
-def rescored(folder: Path, **changed: object) -> dict[str, verify.Check]:
-    """The checks of --rescore by name."""
-    s, artifact = sub.load_submission(folder), sub.artifact_path(folder)
+def rescored(folder: Path, **options: Any) -> list[judge.Check]:
+    """The checks of --rescore."""
+    submission = record.load_submission(folder)
+    artifact = record.artifact_path(folder)
     assert artifact is not None
-    checks, scored = verify.rescore(sub.script_path(folder), artifact, s, options(folder, **changed))
-    if scored is not None:
-        claim = s.seed_results[verify.seed_of(s, artifact)].val_bpb
-        checks.append(verify.check_score("score", scored, claim, verify.SAME_SCORE))
-    return {check.name: check for check in checks}
+    checks, scores = judge.rescore(record.script_path(folder), artifact, submission, options_for(folder, **options))
+    if scores is not None:
+        claim = submission.seed_results[verify.seed_of(submission, artifact)].val_bpb
+        checks.append(judge.check_score("score", scores, claim, judge.SAME_SCORE))
+    return checks
 
 
-def failed(checks: object) -> set[str]:
-    found = checks.values() if isinstance(checks, dict) else checks
-    return {check.name for check in found if not check.ok}
+def options_for(folder: Path, **changed: Any) -> judge.Options:
+    """The options of the command line for the data of a record, with some changed."""
+    data = record.data_path(folder)
+    defaults = {
+        "data": data,
+        "tokenizer": data / "tokenizer.model",
+        "data_is_own": "data" not in changed,
+        "answer_seconds": 60.0,
+    }
+    return judge.Options(**(defaults | changed))
+
+
+def failed(checks: Iterable[judge.Check]) -> set[str]:
+    return {check.name for check in checks if not check.ok}

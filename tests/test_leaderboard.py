@@ -1,24 +1,24 @@
-"""tools/leaderboard.py: significance against independent truths, what ranks with what, and the page in a browser."""
+"""tools/leaderboard.py and tools/page.py: what ranks with what, hostile text, and the page in a browser."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import random
 import re
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import leaderboard as lb
+import page
 import pytest
-import submission as sub
+import record
 from hypothesis import given
 from hypothesis import strategies as st
+from significance import welch
 
 MAIN, ONE_GPU, OPEN, SPEED = "track_10min_16mb", "track_1gpu_10min_16mb", "track_non_record_16mb", "track_speedrun"
 HOSTILE = (
@@ -26,8 +26,8 @@ HOSTILE = (
 )
 
 
-def result(val_bpb: float, seconds: float = 599.0) -> sub.SeedResult:
-    return sub.SeedResult(
+def result(val_bpb: float, seconds: float = 599.0) -> record.SeedResult:
+    return record.SeedResult(
         val_loss=val_bpb * math.log(2) * 2.5,
         val_bpb=val_bpb,
         pre_quant_val_loss=(val_bpb - 0.001) * math.log(2) * 2.5,
@@ -62,7 +62,7 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tracks = sub.load_tracks()[1]
+        self.tracks = record.load_tracks()[1]
 
     def add(
         self, name: str, day: str, bpbs: list[float], track: str = MAIN, seconds: tuple[float, ...] = (), **other: Any
@@ -112,9 +112,9 @@ class Records:
         slug = re.sub(r"[^A-Za-z0-9]+", "-", name)[:30].strip("-")
         folder = self.folder / track / f"{day}_{slug}"
         folder.mkdir(parents=True)
-        sub.save_submission(folder, sub.Submission(**(about | other)))
+        record.save_submission(folder, record.Submission(**(about | other)))
         for seed, seed_result in seeds.items():
-            sub.log_path(folder, seed).write_text(log_text(seed_result.val_bpb, seed_result.train_seconds))
+            record.log_path(folder, seed).write_text(log_text(seed_result.val_bpb, seed_result.train_seconds))
         return folder
 
     def board(self) -> lb.Board:
@@ -125,8 +125,8 @@ class Records:
         return {row.entry.submission.name: row for table in self.board().tables for row in table.rows}
 
 
-def review(kind: Any, day: str = "2026-02-01", code: str = "c" * 64, **other: Any) -> sub.Review:
-    return sub.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **other)
+def review(kind: Any, day: str = "2026-02-01", code: str = "c" * 64, **other: Any) -> record.Review:
+    return record.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **other)
 
 
 @pytest.fixture
@@ -136,30 +136,36 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     return Records(tmp_path / "records")
 
 
-def test_no_review_stands_against_a_failed_check(records: Records, monkeypatch: pytest.MonkeyPatch):
-    """Not even one that says it was trained again."""
-    folder = records.add("Praised", "2026-01-01", [1.2, 1.2])
-    sub.add_review(folder, review("reproduced"))
-    assert records.rows()["Praised"].entry.state == "reproduced"
-    monkeypatch.setattr(lb, "failed_checks", lambda folder: ("reviews: by its author",))
-    row = records.rows()["Praised"]
-    assert (row.entry.state, row.rank, row.verdict) == ("claimed", None, "no: fails a check")
-
-
 def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
     folder = records.add("Sampled", "2026-01-01", [1.2, 1.2])
-    sub.add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
+    record.add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
     assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
-    assert '<span class="badge re-scored"' in lb.page(records.board(), records.folder)
-    sub.add_review(folder, review("rescored", val_bpb=1.2))
+    assert '<span class="badge re-scored"' in page.page(records.board(), records.folder)
+    record.add_review(folder, review("rescored", val_bpb=1.2))
     assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+
+
+def test_records_of_the_maintainers_are_reference_runs(records: Records):
+    """They set the bar, but are never called new records."""
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996], author=lb.MAINTAINERS)
+    records.add("Slight", "2026-01-02", [1.1990, 1.1994, 1.1986])
+    records.add("Leap", "2026-01-02", [1.1000, 1.1004, 1.0996])
+    records.add("Ours", "2026-01-03", [1.0000, 1.0004, 0.9996], author=lb.MAINTAINERS)
+    assert {name: row.verdict for name, row in records.rows().items()} == {
+        "Start": "reference run",
+        "Slight": "no: gain not over 0.002",
+        "Leap": "yes",
+        "Ours": "reference run",
+    }
+    assert "[Ours (reference run)](" in lb.short_markdown(records.board(), records.folder)
+    assert "Ours (reference run)" in page.page(records.board(), records.folder)
 
 
 def test_page_tells_what_a_record_builds_on(records: Records):
     old = records.add("Old", "2026-01-01", [1.2, 1.2])
     records.add("New", "2026-01-02", [1.1, 1.1], base=f"{MAIN}/{old.name}")
     records.add("Hostile", "2026-01-02", [1.1, 1.1], base=f'{MAIN}/"><script>')
-    text = lb.page(records.board(), records.folder)
+    text = page.page(records.board(), records.folder)
     assert text.count("builds on") == 1
     assert f'<small>builds on <a href="{MAIN}/{old.name}/">{old.name}</a></small>' in text
 
@@ -173,103 +179,6 @@ def test_benchmarks_have_columns_where_the_track_asks_for_them(records: Records)
     assert "| wikitext2 nats per byte | blimp accuracy | arc easy accuracy |" in text
     assert "| 0.8123 | 0.7000 | 0.4000 |" in text
     assert text.count("blimp accuracy") == 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Significance
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def closed_form(t: float, df: int) -> float:
-    """P(T >= t) where elementary functions give it."""
-    return {
-        1: 0.5 - math.atan(t) / math.pi,
-        2: 0.5 - t / (2 * math.sqrt(2 + t * t)),
-        4: 0.5 - t * (t * t + 6) / (2 * (t * t + 4) ** 1.5),
-    }[df]
-
-
-@pytest.mark.parametrize("df", [1, 2, 4])
-@pytest.mark.parametrize("t", [-30.0, -2.5, -1.0, -1e-3, 0.0, 1e-200, 1e-8, 0.3, 1.0, 2.0, 3.747, 12.0, 40.0, 1e8])
-def test_tail_equals_its_closed_forms(t: float, df: int):
-    assert lb.student_tail(t, df) == pytest.approx(closed_form(t, df), rel=1e-9, abs=1e-13)
-
-
-@pytest.mark.parametrize(
-    ("df", "p", "quantile"),
-    [
-        *((1, 0.01, 31.821), (2, 0.01, 6.965), (3, 0.05, 2.353), (4, 0.01, 3.747), (5, 0.025, 2.571)),
-        *((10, 0.01, 2.764), (20, 0.005, 2.845), (30, 0.01, 2.457), (60, 0.05, 1.671), (120, 0.01, 2.358)),
-    ],
-)
-def test_tail_at_tabulated_quantiles(df: int, p: float, quantile: float):
-    """Quantiles to three decimals from printed tables."""
-    assert lb.student_tail(quantile, df) == pytest.approx(p, abs=4e-4 * p / 0.01 + 1e-5)
-
-
-@pytest.mark.parametrize("df", [1.3, 2.7, 5.5, 17.2, 300.0])
-@pytest.mark.parametrize("t", [0.2, 1.5, 4.0])
-def test_tail_equals_the_integrated_density(df: float, t: float):
-    """Simpson's rule over u = atan(x / sqrt(df)), which makes the density a power of the cosine."""
-    low, high, n = math.atan(t / math.sqrt(df)), math.pi / 2, 20_000
-
-    def share(start: float) -> float:
-        h = (high - start) / n
-        inner = (max(math.cos(start + i * h), 0.0) ** (df - 1) * (4 if i % 2 else 2) for i in range(1, n))
-        return h / 3 * (math.cos(start) ** (df - 1) + sum(inner))
-
-    # near the end the power may be steep (df < 2): its error is that of the last step, bounded by h^df
-    assert lb.student_tail(t, df) == pytest.approx(0.5 * share(low) / share(0.0), rel=2e-5)
-
-
-def test_p_values_are_uniform_where_nothing_was_gained():
-    """Monte Carlo: of samples with one mean, a share of p shows p-values below p."""
-    rng = random.Random(0)
-    found = [
-        lb.welch([rng.gauss(0.002, 1e-3) for _ in range(4)], [rng.gauss(0, 1e-3) for _ in range(4)], 0.002)
-        for _ in range(4000)
-    ]
-    for p in (0.01, 0.05, 0.25, 0.5):
-        share = sum(x is not None and x < p for x in found) / len(found)
-        assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(found)))  # equal spreads: Welch is exact
-
-
-def test_welch_on_a_worked_example():
-    """Means 20.82 and 23.7 (variances 7.78..., 4.1...): the p-value by the formulas, step by step."""
-    old, new = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8]
-    a, b = statistics.variance(old) / 6, statistics.variance(new) / 7
-    df = (a + b) ** 2 / (a * a / 5 + b * b / 6)
-    t = (sum(new) / 7 - sum(old) / 6) / math.sqrt(a + b)
-    assert lb.welch(new, old) == pytest.approx(lb.student_tail(t, df), rel=1e-12)
-    # equal sizes and spreads: 2 n - 2 degrees of freedom, whose closed form is known for n = 3
-    assert lb.welch([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(closed_form(1 / math.sqrt(2 / 3), 4), rel=1e-12)
-
-
-def test_welch_without_spread_or_with_one_seed():
-    assert lb.welch([1.0, 1.0], [0.9, 0.9]) == 0.0
-    assert lb.welch([1.0, 1.0], [1.1, 1.1]) == 1.0
-    assert lb.welch([1.0, 1.0], [1.0, 1.0]) == 0.5
-    assert lb.welch([1.0], [0.9, 0.8, 0.7]) is None
-    assert lb.welch([1.0, 0.9], [0.8]) is None
-
-
-samples = st.lists(st.floats(0.1, 10.0), min_size=2, max_size=7)
-
-
-@given(old=samples, new=samples, gain=st.floats(0.0, 1.0), shift=st.floats(0.0, 3.0))
-def test_p_is_a_probability_symmetric_and_falls_with_the_difference(
-    old: list[float], new: list[float], gain: float, shift: float
-):
-    p = lb.welch(old, new, gain)
-    assert p is not None
-    assert 0.0 <= p <= 1.0
-    swapped = lb.welch(new, old, -gain)
-    assert swapped is not None
-    assert p + swapped == pytest.approx(1.0, abs=1e-9)
-    if len(set(old)) > 1 or len(set(new)) > 1:  # else a shift may round into a spread that was none
-        better = lb.welch(old, [x - shift for x in new], gain)
-        assert better is not None
-        assert better <= p + 1e-9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,7 +204,7 @@ def test_the_lowest_mean_ranks_first_and_gains_follow_the_calendar(records: Reco
     assert rows["Leap"].gain == pytest.approx(0.1)
     assert rows["Late"].gain == pytest.approx(-0.05)
     assert rows["Small"].gain == pytest.approx(0.001)
-    assert rows["Leap"].p == lb.welch([1.2000, 1.2004, 1.1996], [1.1000, 1.1004, 1.0996], 0.002)
+    assert rows["Leap"].p == welch([1.2000, 1.2004, 1.1996], [1.1000, 1.1004, 1.0996], 0.002)
 
 
 def test_a_gain_inside_the_noise_is_no_new_record(records: Records):
@@ -366,7 +275,7 @@ def test_kinds_of_machines_are_apart_only_where_the_track_says_so(records: Recor
     for i, machine in enumerate(("1x cuda:NVIDIA_H100", "1x cuda:RTX_4090"), 1):
         records.add(f"Single {i}", f"2026-01-0{i}", seeds, ONE_GPU, hardware=machine)
         records.add(f"Open {i}", f"2026-01-0{i}", seeds, OPEN, hardware=machine)
-    tables = {(table.track_name, table.device): len(table.rows) for table in records.board().tables}
+    tables = {(table.key.track_name, table.key.device): len(table.rows) for table in records.board().tables}
     assert tables == {(ONE_GPU, "1x cuda:NVIDIA_H100"): 1, (ONE_GPU, "1x cuda:RTX_4090"): 1, (OPEN, ""): 2}
 
 
@@ -390,41 +299,40 @@ def test_a_dispute_holds_until_it_is_settled(records: Records):
     records.add("Good", "2026-01-03", [1.1000, 1.1004, 1.0996])
     assert records.rows()["Good"].verdict == "no: gain not over 0.002"
 
-    sub.add_review(bad, review("reproduced"))
-    sub.add_review(bad, review("disputed", note="scores tokens twice"))
+    record.add_review(bad, review("reproduced"))
+    record.add_review(bad, review("disputed", note="scores tokens twice"))
     rows = records.rows()
     assert (rows["Bad"].entry.state, rows["Bad"].rank, rows["Bad"].verdict) == ("disputed", None, "no: disputed")
     assert list(rows) == ["Good", "Start", "Bad"]
     assert rows["Good"].verdict == "yes", "a disputed record sets no bar"
     assert "scores tokens twice" in lb.full_markdown(records.board(), records.folder)
 
-    sub.add_review(bad, review("settled"))
+    record.add_review(bad, review("settled"))
     assert records.rows()["Bad"].entry.state == "reproduced"
-    sub.add_review(bad, review("disputed"))
+    record.add_review(bad, review("disputed"))
     assert records.rows()["Bad"].entry.state == "disputed"
 
 
 def test_reviews_of_other_code_do_not_count(records: Records):
     folder = records.add("Start", "2026-01-01", [1.2])
-    sub.add_review(folder, review("reproduced", code="0" * 64))
+    record.add_review(folder, review("reproduced", code="0" * 64))
     assert records.rows()["Start"].entry.state == "verified"
-    sub.add_review(folder, review("rescored", val_bpb=1.2))
+    record.add_review(folder, review("rescored", val_bpb=1.2))
     assert records.rows()["Start"].entry.state == "re-scored"
-    sub.add_review(folder, review("reproduced"))
+    record.add_review(folder, review("reproduced"))
     assert records.rows()["Start"].entry.state == "reproduced"
 
 
 def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
-    records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
+    """Not even one that somebody trained again."""
+    large = records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
+    record.add_review(large, review("reproduced"))
     records.add("Sound", "2026-01-02", [1.2000, 1.2004, 1.1996])
-    monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if "Large" in folder.name else ())
+    assert records.rows()["Large"].entry.state == "reproduced"
+    monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if folder == large else ())
     rows = records.rows()
-    assert (rows["Large"].entry.state, rows["Large"].rank, rows["Large"].verdict) == (
-        "claimed",
-        None,
-        "no: fails a check",
-    )
-    assert (rows["Sound"].entry.state, rows["Sound"].rank, rows["Sound"].verdict) == ("verified", 1, "first")
+    states = {name: (row.entry.state, row.rank, row.verdict) for name, row in rows.items()}
+    assert states == {"Sound": ("verified", 1, "first"), "Large": ("claimed", None, "no: fails a check")}
     assert "size: 17 MB" in lb.full_markdown(records.board(), records.folder).replace("\\", "")
 
 
@@ -464,7 +372,7 @@ def rewritten(folder: Path, **fields: Any) -> None:
         (lambda f: rewritten(f, date="20260101"), "date"),
         (lambda f: rewritten(f, track=OPEN), "track"),
         (lambda f: rewritten(f, seed_results={}), "no seeds"),
-        (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result(1.0))}), "no seeds"),
+        (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result(1.0))}), "no number"),
         (lambda f: rewritten(f, seed_results={"1": dataclasses.asdict(result(1e200))}), "impossible val_bpb"),
         (lambda f: rewritten(f, val_loss=10**400), "not a finite number"),
         (lambda f: f.rename(f.with_name("no date")), "YYYY-MM-DD"),
@@ -479,23 +387,23 @@ def test_a_damaged_folder_is_listed_apart(records: Records, harm: Callable[[Path
     [(_, why)] = board.unlisted
     assert reason in why
     assert "## Not listed" in lb.full_markdown(board, records.folder)
-    assert "Not listed" in lb.page(board, records.folder)
+    assert "Not listed" in page.page(board, records.folder)
 
 
 def test_logs_that_cannot_be_drawn_are_left_out(records: Records):
     folder = records.add("One", "2026-01-01", [1.2, 1.2])
-    sub.log_path(folder, "1").write_text("step:1/2 val_loss:1.2.3 train_time:1ms\n")
-    sub.log_path(folder, "2").write_text("step:1/2 val_loss:nan\nstep:2/2 val_loss:inf\nstep:2/2 train_loss:1.5\n")
+    record.log_path(folder, "1").write_text("step:1/2 val_loss:1.2.3 train_time:1ms\n")
+    record.log_path(folder, "2").write_text("step:1/2 val_loss:nan\nstep:2/2 val_loss:inf\nstep:2/2 train_loss:1.5\n")
     [table] = records.board().tables
-    assert [run["train"] for record in lb.curves(table) for run in record["runs"]] == [[(2, None, 1.5)]]
+    assert [run["train"] for drawn in page.figure_data(table) for run in drawn["runs"]] == [[(2, None, 1.5)]]
 
 
 def test_smoothing_keeps_ends_and_straight_lines():
-    line = [(step, float(step), 1 + step / 100) for step in range(1, 50)]
-    assert lb.thinned(line, smooth=2) == [(step, seconds, round(loss, 4)) for step, seconds, loss in line]
-    many = [(step, float(step), 1.0) for step in range(1, 100_000)]
-    assert len(lb.thinned(many)) <= lb.MAX_POINTS + 1
-    assert lb.thinned(many)[-1][0] == 99_999
+    line = [record.CurvePoint(step, float(step), 1 + step / 100) for step in range(1, 50)]
+    assert page.thinned(line, 2) == [(step, seconds, round(loss, 4)) for step, seconds, loss in line]
+    many = [record.CurvePoint(step, float(step), 1.0) for step in range(1, 100_000)]
+    assert len(page.thinned(many)) <= page.MAX_POINTS + 1
+    assert page.thinned(many)[-1][0] == 99_999
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,16 +440,13 @@ def test_check_names_the_file_that_is_out_of_date(
     assert command("--check") == 1
     assert capsys.readouterr().err.startswith(str(tmp_path / "README.md"))
 
-    page = tmp_path / "page.html"
-    assert command("--html", str(page), "--check") == 1
-    assert command("--html", str(page)) == 0
-    assert command("--html", str(page), "--check") == 0
 
-
-def test_no_record_at_all(command: Callable[..., int], tmp_path: Path):
+def test_no_record_at_all(command: Callable[..., int], records: Records, tmp_path: Path):
     assert command() == 0
     assert "No record yet." in (tmp_path / "README.md").read_text()
-    assert command("--html", str(tmp_path / "page.html")) == 0
+    out = tmp_path / "page.html"
+    assert page.main([str(out), "--records", str(records.folder)]) == 0
+    assert "No record yet." in out.read_text()
 
 
 @pytest.mark.parametrize("text", ["", lb.BEGIN, f"{lb.END}\n{lb.BEGIN}", f"{lb.BEGIN}\n{lb.BEGIN}\n{lb.END}"])
@@ -564,7 +469,7 @@ def test_the_same_records_give_the_same_bytes(records: Records, tmp_path: Path):
     copy = Records(tmp_path / "elsewhere" / "records")
     for folder in sorted((records.folder / MAIN).iterdir(), reverse=True):
         shutil.copytree(folder, copy.folder / MAIN / folder.name)
-    for write in (lb.full_markdown, lb.short_markdown, lb.page):
+    for write in (lb.full_markdown, lb.short_markdown, page.page):
         assert write(records.board(), records.folder) == write(copy.board(), copy.folder)
 
 
@@ -589,9 +494,9 @@ def test_hostile_names_stay_text_in_markdown(records: Records):
 def test_hostile_names_stay_text_in_the_page(records: Records):
     names = {"author": HOSTILE, "blurb": HOSTILE, "github_id": '" onmouseover="alert(1)', "hardware": HOSTILE}
     folder = records.add(HOSTILE, "2026-01-01", [1.2, 1.2], OPEN, **names)
-    sub.add_review(folder, review("disputed", note=HOSTILE))
-    text = lb.page(records.board(), records.folder)
-    template = lb.TEMPLATE.read_text()
+    record.add_review(folder, review("disputed", note=HOSTILE))
+    text = page.page(records.board(), records.folder)
+    template = page.TEMPLATE.read_text()
     assert len(re.findall(r"<(?:script|/script|img|!--)", text)) == len(
         re.findall(r"<(?:script|/script|img|!--)", template)
     )
@@ -633,55 +538,18 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     found.quit()
 
 
-def opened(browser: Any, records: Records, tmp_path: Path) -> None:
-    """The page of the records, from the disk."""
-    path = tmp_path / "page.html"
-    path.write_text(lb.page(records.board(), tmp_path), encoding="utf-8")
-    browser.get(path.as_uri())
-
-
 def requests(browser: Any) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if not url.startswith(("data:", "chrome:"))]  # the latter: its own first page
+    return [url for url in sent if not url.startswith(("data:", "chrome:"))]  # chrome: is the browser's own first page
 
 
 def column(browser: Any, title: str) -> list[str]:
     return [cell.text for cell in browser.find_elements("css selector", f'tbody td[data-label="{title}"]')]
 
 
-def test_page_loads_sorts_and_asks_for_nothing(records: Records, browser: Any, tmp_path: Path):
-    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996], OPEN)
-    records.add("Single", "2026-01-02", [1.1], OPEN)
-    records.add(HOSTILE, "2026-01-03", [1.1500, 1.1504, 1.1496], OPEN, blurb=HOSTILE, author=HOSTILE)
-    opened(browser, records, tmp_path)
-    names = [cell.split("\n")[0] for cell in column(browser, "record")]
-    assert names == ["Single", lb.clean(HOSTILE, 80), "Start"], "markup in a name is shown as text"
-    assert len(browser.find_elements("css selector", "script, img")) == 2
-    for title, up in (("date", ["2026-01-01", "2026-01-02", "2026-01-03"]), ("seeds", ["1", "3", "3"])):
-        button = browser.find_element("xpath", f'//th/button[text()="{title}"]')
-        button.click()
-        assert column(browser, title) == up
-        assert button.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
-        button.click()
-        assert column(browser, title) == up[::-1]
-    browser.find_element("xpath", '//th/button[text()="gain"]').click()
-    assert column(browser, "gain")[-1] == "", "what has no value stays last"
-    browser.find_element("xpath", '//th/button[text()="gain"]').click()
-    assert column(browser, "gain")[-1] == ""
-    assert [url for url in requests(browser) if not url.endswith("/page.html")] == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.get_log("browser") == []
-
-
-def tip(browser: Any) -> list[list[str]]:
-    """The rows of the box beside the crosshair, without its head."""
-    rows = browser.find_elements("css selector", ".tip tr")[1:]
-    return [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
-
-
 def point_at(browser: Any, share: float) -> None:
-    """Move the pointer to a share of the horizontal axis."""
+    """Move the pointer to a share of the figure's horizontal axis."""
     actions = pytest.importorskip("selenium.webdriver").ActionChains(browser)
     plot = browser.find_element("css selector", ".plot svg")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
@@ -690,75 +558,48 @@ def point_at(browser: Any, share: float) -> None:
     actions.move_to_element_with_offset(plot, round(x - width / 2), 0).perform()
 
 
-def test_crosshair_shows_the_values_of_the_log(records: Records, browser: Any, tmp_path: Path):
-    records.add("Start", "2026-01-01", [1.2, 1.3], OPEN, seconds=(400.0, 400.0))
-    records.add("Next", "2026-01-02", [1.1], OPEN, seconds=(200.0,))
-    opened(browser, records, tmp_path)
+@pytest.mark.slow
+def test_page_in_a_browser(records: Records, browser: Any, tmp_path: Path):
+    """It sorts, shows the values of the logs, shows hostile text as text, fits a phone and asks nobody for anything."""
+    records.add("Start", "2026-01-01", [1.2000, 1.3000, 1.1996], OPEN, seconds=(400.0, 400.0, 400.0))
+    records.add("Single", "2026-01-02", [1.1], OPEN, seconds=(200.0,), author="A" * 60, hardware="8x cuda:" + "H" * 80)
+    records.add(HOSTILE, "2026-01-03", [1.1500, 1.1504, 1.1496], OPEN, blurb=HOSTILE, author=HOSTILE)
+    path = tmp_path / "page.html"
+    path.write_text(page.page(records.board(), tmp_path), encoding="utf-8")
+    browser.get(path.as_uri())
+
+    names = [cell.split("\n")[0] for cell in column(browser, "record")]
+    assert names == ["Single", lb.clean(HOSTILE, 80), "Start"]
+    assert len(browser.find_elements("css selector", "script, img")) == 2
+
+    for title, upwards in (("date", ["2026-01-01", "2026-01-02", "2026-01-03"]), ("seeds", ["1", "3", "3"])):
+        button = browser.find_element("xpath", f'//th/button[text()="{title}"]')
+        button.click()
+        assert column(browser, title) == upwards
+        button.click()
+        assert column(browser, title) == upwards[::-1]
+    for _ in range(2):
+        browser.find_element("xpath", '//th/button[text()="gain"]').click()
+        assert column(browser, "gain")[-1] == "", "what has no value stays last"
+
+    # The figure starts with one run of each record.
     figure = browser.find_element("css selector", "figure")
     browser.execute_script("arguments[0].scrollIntoView({block: 'start', behavior: 'instant'})", figure)
-    browser.find_element("xpath", '//figure//span[text()="validation"]').click()
-
-    def loss(bpb: float, step: int) -> str:
-        return f"{round((bpb + 2.5 * math.exp(-step / 500)) * math.log(2) * 2.5, 4) / math.log(2) / 2.5:.4f}"
-
-    point_at(browser, 0.51)
-    assert sorted(tip(browser)) == [
-        ["Next", "1", "2,000", "100", "val", loss(1.1, 2000)],
-        ["Start", "1", "2,000", "200", "val", loss(1.2, 2000)],
-        ["Start", "2", "2,000", "200", "val", loss(1.3, 2000)],
+    figure.find_element("css selector", ".legend li:nth-child(2) button").click()
+    figure.find_element("xpath", './/span[text()="validation"]').click()
+    figure.find_element("xpath", './/span[text()="seconds"]').click()
+    point_at(browser, 0.5)  # 200 of 400 s, where the faster run has ended
+    rows = browser.find_elements("css selector", ".tip tr")[1:]
+    shown = [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
+    assert sorted(shown) == [
+        ["Single", "1", "4,000", "200", "val", f"{1.1 + 2.5 * math.exp(-8):.4f}"],
+        ["Start", "1", "2,000", "200", "val", f"{1.2 + 2.5 * math.exp(-4):.4f}"],
     ]
-    browser.find_element("xpath", '//figure//span[text()="seconds"]').click()
-    point_at(browser, 0.5)  # 200 of 400 s: the fast run has ended there
-    assert sorted(row[:4] for row in tip(browser)) == [
-        ["Next", "1", "4,000", "200"],
-        ["Start", "1", "2,000", "200"],
-        ["Start", "2", "2,000", "200"],
-    ]
-    browser.find_element("xpath", '//figure//button[text()="Start"]').click()
-    point_at(browser, 0.5)
-    assert [row[:3] for row in tip(browser)] == [["Next", "1", "2,000"]], "the axis fits the runs that are shown"
 
-    plot = browser.find_element("css selector", ".plot svg")
-    plot.send_keys(pytest.importorskip("selenium.webdriver").Keys.END)
-    assert [row[:3] for row in tip(browser)] == [["Next", "1", "4,000"]]
-    live = browser.find_element("css selector", "[aria-live]").get_attribute("textContent")
-    assert live == f"Next, seed 1, step 4000: validation {loss(1.1, 4000)}"
-    assert browser.get_log("browser") == []
-
-
-def pressed(browser: Any) -> list[str]:
-    """The seeds that a figure shows, each with its record."""
-    found = browser.find_elements("css selector", "figure button.seed[aria-pressed=true]")
-    return [button.get_attribute("aria-label") for button in found]
-
-
-def test_every_text_and_class_has_a_figure_of_its_own_that_starts_with_the_best(
-    records: Records, browser: Any, tmp_path: Path
-):
-    for i in range(11):
-        records.add(f"R{i:02d}", "2026-01-01", [1.1 + 0.01 * i, 1.2 + 0.01 * i], OPEN)
-    records.add("Adaptive", "2026-01-01", [1.0], OPEN, predictor_class="B")
-    records.add("Elsewhere", "2026-01-01", [1.0, 1.1], OPEN, val_text_sha256="e" * 64, val_documents=7)
-    opened(browser, records, tmp_path)
-    first, *others = browser.find_elements("css selector", "figure")
-    assert len(others) == 2
-    assert [label for label in pressed(browser) if label.startswith("R")] == [f"R{i:02d}, seed 1" for i in range(8)]
-    assert "Adaptive, seed 1" in pressed(browser)
-    assert len(first.find_elements("css selector", ".legend svg")) == 11
-    assert len(first.find_elements("css selector", "path.run.val")) == 8
-    browser.execute_script("arguments[0].click()", first.find_element("xpath", './/button[text()="show all"]'))
-    assert len(first.find_elements("css selector", "svg > g path.run.val")) == 22
-    browser.execute_script("arguments[0].click()", first.find_element("xpath", './/button[text()="show none"]'))
-    assert len(first.find_elements("css selector", "svg > g path.run.val")) == 0
-    assert browser.get_log("browser") == []
-
-
-def test_page_fits_a_phone(records: Records, browser: Any, tmp_path: Path):
-    records.add("Start", "2026-01-01", [1.2, 1.3], OPEN, author="A" * 60, hardware="8x cuda:" + "H" * 80)
     metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    opened(browser, records, tmp_path)
-    started = time.monotonic()
-    while not browser.find_elements("css selector", "path.run") and time.monotonic() - started < 10:
-        time.sleep(0.05)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+    assert [url for url in requests(browser) if not url.endswith("/page.html")] == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []

@@ -1,0 +1,714 @@
+"""A record on disk: the files in its folder, what its submission.json says, and how its logs are written.
+
+    from record import load_submission, record_folders
+
+    for folder in record_folders():
+        print(folder.name, load_submission(folder).val_bpb)
+
+This is the only file that knows how a record is laid out. It imports no other tool and no torch. A record is a folder
+records/<track>/<YYYY-MM-DD>_<Name>/ with
+
+    submission.json          what its author claims (class Submission)
+    README.md                the same in words
+    train_gpt.py             the script that ran, byte for byte
+    train_seed<SEED>.log     the log of each run
+    train_seed<SEED>.json    the settings and results that each run wrote
+    final_model.*.ptz        optional: the artifact of one of the runs
+    data/                    optional: the validation shards, their byte counts, manifest.json and tokenizer.model that
+                             are needed to score the artifact again; only where the text may be passed on
+    reviews.json             optional: what reviewers found (a list of class Review)
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import statistics
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "records"
+FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._+-]+")
+
+T = TypeVar("T")
+NonBlank = Annotated[str, "not blank"]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the files say
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ScoredText(NamedTuple):
+    """The text that a score belongs to. Results for the same text are comparable, whatever their tokenizer."""
+
+    accounting: str
+    sha256: str
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """The result of one run. Losses are nats per token; val_bpb is bits per byte of the source text."""
+
+    val_loss: float
+    val_bpb: float
+    pre_quant_val_loss: float  # of the trained weights, before they were quantized
+    pre_quant_val_bpb: float
+    steps: int
+    train_seconds: float  # training and everything else that counts against its limit
+    eval_seconds: float
+    bytes_artifact: int
+    bytes_total: int
+    artifact_sha256: str
+    scored_tokens: int
+    scored_bytes: int
+    ledger_seconds: dict[str, float]  # every phase of the run
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The contents of submission.json. Scores are means over all seeds; sizes are those of the largest run."""
+
+    schema_version: int
+    name: NonBlank
+    author: NonBlank
+    github_id: NonBlank
+    date: str  # YYYY-MM-DD
+    track: str
+    rules_version: int
+    predictor_class: Literal["A", "B"]  # A is a fixed predictor, B adapts to the tokens that were already scored
+    base: str  # the record that this one builds on, <track>/<folder>, or empty
+    blurb: NonBlank
+    licence: NonBlank
+    hardware: str  # 8x cuda:NVIDIA_H100_80GB_HBM3
+    python: str
+    torch: str
+    code_sha256: str
+    bytes_code: int
+    bytes_artifact: int
+    bytes_total: int
+    model_params: int
+    val_loss: float
+    val_loss_std: float | None  # None for a single seed
+    val_bpb: float
+    val_bpb_std: float | None
+    pre_quant_val_bpb: float
+    train_seconds: float
+    judge_version: int
+    val_accounting: Literal["sidecar", "pieces"]
+    val_text_sha256: str
+    val_shards_sha256: str
+    val_tokens: int
+    val_documents: int
+    val_bytes: int
+    tokenizer_sha256: str
+    tokenizer_lossless: bool | None  # None where nobody knows
+    train_dataset: str
+    train_tokens: int
+    settings: dict[str, Any]
+    seed_results: dict[str, SeedResult]
+    benchmarks: dict[str, float] = field(default_factory=dict)  # only in tracks that ask for them
+
+    @property
+    def scored_text(self) -> ScoredText:
+        """The text that was scored, with its true number of bytes if it is a known one.
+
+        Where bytes are counted by a tokenizer's pieces, two tokenizers may count differently in one and the same text.
+        """
+        n_bytes = self.val_bytes
+        known = known_text(self.val_documents, self.val_text_sha256)
+        if known is not None and known.has_size(self.val_documents, self.val_bytes):
+            n_bytes = known.bytes
+        return ScoredText(self.val_accounting, self.val_text_sha256, self.val_documents, n_bytes)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What only the author can say; everything else follows from the runs."""
+        return {name: getattr(self, name) for name in STATED_BY_AUTHOR}
+
+    def values(self, key: str) -> list[float]:
+        """One number per seed, in the order of the seeds."""
+        return [float(getattr(result, key)) for _, result in sorted(self.seed_results.items())]
+
+
+STATED_BY_AUTHOR = (
+    "name",
+    "author",
+    "github_id",
+    "date",
+    "track",
+    "rules_version",
+    "predictor_class",
+    "base",
+    "blurb",
+    "licence",
+    "benchmarks",
+)
+
+
+@dataclass(frozen=True)
+class Review:
+    """One entry of reviews.json: what a reviewer found."""
+
+    date: str  # YYYY-MM-DD
+    reviewer: str
+    kind: Literal["rescored", "reproduced", "disputed", "settled"]  # "settled" answers all disputes before it
+    code_sha256: str
+    seed: str = ""  # of the run that was scored again, or trained again
+    val_bpb: float | None = None
+    val_bpb_interval: float | None = None  # half width at 95 %, where only a sample of the documents was scored
+    judge_version: int | None = None
+    hardware: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Track:
+    """The rules of one track, from records/tracks.json. None means that there is no such limit."""
+
+    title: str
+    rules: str
+    rank_by: Literal["val_bpb", "train_seconds"]
+    min_gain: float  # by which a new record has to beat the best one, in units of rank_by
+    p_value: float  # at which it has to show that, one-sided
+    min_seeds: int = 1
+    by_device: bool = False  # whether each kind of machine has a table of its own
+    max_total_bytes: int | None = None
+    max_train_seconds: float | None = None
+    max_eval_seconds: float | None = None
+    device: str = ""  # must be part of the device's name
+    text: str = ""  # the name of a text in records/texts.json that must be scored
+    world_size: int | None = None
+    target_val_bpb: float | None = None
+    max_train_tokens: int | None = None
+    max_parameters: int | None = None
+    min_context_tokens: int | None = None
+    licences: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A known validation text, from records/texts.json."""
+
+    name: str
+    documents: int
+    bytes: int
+    tolerance: float  # relative, of the bytes: tokenizers normalise text, and some scores drop its tail
+    text_sha256: str = ""  # empty for a text whose documents nobody has hashed
+
+    def has_size(self, documents: int, n_bytes: int) -> bool:
+        return documents == self.documents and abs(n_bytes - self.bytes) <= self.tolerance * self.bytes
+
+
+class Check(NamedTuple):
+    """The outcome of one check of a record, a line of tools/verify.py."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+def verdict(name: str, problems: Sequence[str], summary: str) -> Check:
+    """A check that fails if there are any problems, and otherwise passes with `summary` as its reason."""
+    return Check(name, not problems, "; ".join(problems) or summary)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dataclasses from JSON
+# ----------------------------------------------------------------------------------------------------------------------
+
+TYPE_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    types.NoneType: "null",
+}
+
+
+def from_json(cls: type[T], value: Any, where: str) -> T:
+    """An instance of a dataclass from a JSON value named `where`. A ValueError lists everything that is wrong."""
+    found = faults(value, cls, where)
+    if found:
+        raise ValueError("; ".join(found))
+    return converted(value, cls)
+
+
+def faults(value: Any, kind: Any, where: str) -> list[str]:
+    """Every reason why a JSON value is not of a type, each with the name of the value, which starts with `where`.
+
+    A type is made of dataclasses, dicts with keys of text, tuples of one type, literals, unions, NonBlank and scalars.
+    """
+    origin = typing.get_origin(kind)
+    parts = typing.get_args(kind)
+
+    if kind is Any:
+        return []
+    if dataclasses.is_dataclass(kind):
+        return object_faults(value, kind, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            return [f"{where} is {value!r:.60}, not an object"]
+        return [fault for key, item in value.items() for fault in faults(item, parts[1], f"{where}.{key}")]
+    if origin is tuple:
+        if not isinstance(value, list):
+            return [f"{where} is {value!r:.60}, not a list"]
+        return [fault for i, item in enumerate(value) for fault in faults(item, parts[0], f"{where}[{i}]")]
+    if origin is Literal:
+        if value not in parts:
+            return [f"{where} is {value!r:.60}, not one of {', '.join(map(str, parts))}"]
+        return []
+    if origin is types.UnionType:
+        if all(faults(value, part, where) for part in parts):
+            return [f"{where} is {value!r:.60}, not {' or '.join(TYPE_NAMES[part] for part in parts)}"]
+        return []
+    if kind is NonBlank:
+        if isinstance(value, str) and not value.strip():
+            return [f"{where} is {value!r:.60}, blank: fill it in"]
+        return faults(value, str, where)
+    if not is_scalar(value, kind):
+        return [f"{where} is {value!r:.60}, not {TYPE_NAMES[kind]}"]
+    return []
+
+
+def object_faults(value: Any, cls: Any, where: str) -> list[str]:
+    """Every reason why a JSON value does not describe an instance of a dataclass."""
+    if not isinstance(value, dict):
+        return [f"{where} is {value!r:.60}, not an object"]
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(value.keys() - fields.keys())
+    found = [f"{where}.{name} is an unknown key: remove it, or move it to README.md" for name in unknown]
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, f in fields.items():
+        has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if name in value:
+            found += faults(value[name], hints[name], f"{where}.{name}")
+        elif not has_default:
+            found.append(f"{where}.{name} is missing")
+    return found
+
+
+def is_scalar(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):  # Python counts it among the integers, JSON does not
+        return kind is bool
+    if kind is float:
+        # False for NaN and infinity, and for integers that are too large to become a float.
+        return isinstance(value, int | float) and abs(value) < 1e300
+    return isinstance(value, kind)
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """The Python object for a JSON value in which `faults` found nothing wrong."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        arguments = {name: converted(item, hints[name]) for name, item in value.items()}
+        return typing.cast(Any, kind)(**arguments)
+    if origin is dict:
+        item_kind = typing.get_args(kind)[1]
+        return {key: converted(item, item_kind) for key, item in value.items()}
+    if origin is tuple:
+        return tuple(value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and writing the files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; ValueError if it is missing or is not JSON."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({error!s:.80})") from None
+
+
+def record_folders(records: Path = RECORDS) -> list[Path]:
+    """The folders of all tracks, oldest first."""
+    folders = [path for path in records.glob("track_*/*") if path.is_dir()]
+    return sorted(folders, key=lambda path: (path.name, path.parent.name))
+
+
+def script_path(folder: Path) -> Path:
+    return folder / "train_gpt.py"
+
+
+def log_path(folder: Path, seed: str) -> Path:
+    return folder / f"train_seed{seed}.log"
+
+
+def run_path(folder: Path, seed: str) -> Path:
+    return folder / f"train_seed{seed}.json"
+
+
+def artifact_path(folder: Path) -> Path | None:
+    """The artifact in the folder, if there is one."""
+    return min(folder.glob("final_model.*.ptz"), default=None)
+
+
+def data_path(folder: Path) -> Path:
+    """Where a record keeps validation shards and their tokenizer.model, if it has any."""
+    return folder / "data"
+
+
+def load_submission(folder: Path) -> Submission:
+    """ValueError if submission.json is missing, is not JSON, or does not fit class Submission."""
+    return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
+
+
+def save_submission(folder: Path, submission: Submission) -> None:
+    text = json.dumps(dataclasses.asdict(submission), indent=1, allow_nan=False) + "\n"
+    (folder / "submission.json").write_text(text, encoding="utf-8")
+
+
+def load_reviews(folder: Path) -> list[Review]:
+    """All reviews, oldest first; ValueError if reviews.json is there but is damaged."""
+    path = folder / "reviews.json"
+    if not path.exists():
+        return []
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise ValueError("reviews.json holds no list")
+    return [from_json(Review, entry, f"reviews.json[{i}]") for i, entry in enumerate(entries)]
+
+
+def add_review(folder: Path, review: Review) -> None:
+    entries = [dataclasses.asdict(entry) for entry in [*load_reviews(folder), review]]
+    text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
+    (folder / "reviews.json").write_text(text, encoding="utf-8")
+
+
+def load_tracks() -> tuple[int, dict[str, Track]]:
+    """The version of the rules, and the tracks by name."""
+    rules = read_json(RECORDS / "tracks.json")
+    tracks = {name: from_json(Track, track, name) for name, track in rules["tracks"].items()}
+    return rules["rules_version"], tracks
+
+
+def track_of(submission: Submission) -> Track | None:
+    """None for a track that records/tracks.json does not have."""
+    _, tracks = load_tracks()
+    return tracks.get(submission.track)
+
+
+def load_texts() -> list[Text]:
+    return [from_json(Text, entry, "texts.json") for entry in read_json(RECORDS / "texts.json")]
+
+
+def text_named(name: str) -> Text:
+    for text in load_texts():
+        if text.name == name:
+            return text
+    raise ValueError(f"texts.json has no text named {name!r}")
+
+
+def known_text(documents: int, text_sha256: str) -> Text | None:
+    """The known text with this sha256, or None.
+
+    Published shards do not say which documents they hold, and a run on them reports the sha256 as "unknown". Such a
+    text is recognised by its number of documents, if nobody has hashed it.
+    """
+    for text in load_texts():
+        if text.text_sha256:
+            if text.text_sha256 == text_sha256:
+                return text
+        elif text_sha256 == "unknown" and text.documents == documents:
+            return text
+    return None
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the JSON of runs to a submission
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Settings that may differ between the runs of one record.
+PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}
+
+# Phases of a run that count against the limit of the training time.
+COUNTED_PHASES = ("train", "average", "calibrate")
+
+# Keys that submission.json takes from the JSON of the first run.
+COPIED_TO_SUBMISSION = (
+    "python",
+    "torch",
+    "code_sha256",
+    "bytes_code",
+    "model_params",
+    "judge_version",
+    "val_accounting",
+    "val_text_sha256",
+    "val_shards_sha256",
+    "val_tokens",
+    "val_documents",
+    "val_bytes",
+    "tokenizer_sha256",
+    "train_dataset",
+    "train_tokens",
+)
+
+# Keys that each entry of seed_results takes from the JSON of its run.
+COPIED_TO_SEED_RESULT = (
+    "val_loss",
+    "val_bpb",
+    "pre_quant_val_loss",
+    "pre_quant_val_bpb",
+    "steps",
+    "bytes_artifact",
+    "bytes_total",
+    "artifact_sha256",
+    "scored_tokens",
+    "scored_bytes",
+)
+
+# Besides its settings, what all runs of a record must share.
+SAME_IN_ALL_RUNS = (
+    "code_sha256",
+    "judge_version",
+    "device",
+    "world_size",
+    "val_shards_sha256",
+    "tokenizer_sha256",
+    "train_dataset",
+    "train_tokens",
+)
+
+
+def run_types() -> dict[str, Any]:
+    """The keys that the JSON of a training run must have for a record, with the type of each."""
+    submission_hints = typing.get_type_hints(Submission)
+    result_hints = typing.get_type_hints(SeedResult)
+    return {
+        "run_id": str,
+        "seed": int,
+        "date": str,
+        "partial": bool,
+        "device": str,
+        "world_size": int,
+        "data_path": str,
+        "tokenizer_path": str,
+        "artifact_dir": str,
+        "seconds_evaluate": float,
+        "tokenizer_lossless": Any,  # true, false or "unknown"
+        **{name: submission_hints[name] for name in COPIED_TO_SUBMISSION},
+        **{name: result_hints[name] for name in COPIED_TO_SEED_RESULT},
+    }
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The JSON of a training run; ValueError if it is anything else."""
+    run = read_json(path)
+    if found := run_faults(run):
+        raise ValueError(f"{path} is not the JSON of a training run: {'; '.join(found[:6])}")
+    return run
+
+
+def run_faults(run: Any) -> list[str]:
+    """Why a JSON value is not what a training run writes when it ends; empty if it is."""
+    if not isinstance(run, dict):
+        return ["it holds no JSON object"]
+
+    kinds = run_types()
+    missing = sorted(kinds.keys() - run.keys())
+    if missing:
+        shown = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
+        return [f"it lacks {shown}, which a training run writes"]
+
+    kinds |= {key: float for key in run if key.startswith("seconds_")}
+    if "settings_changed" in run:
+        kinds["settings_changed"] = dict[str, Any]
+    return [fault for name, kind in kinds.items() for fault in faults(run[name], kind, name)]
+
+
+def script_settings(source: str) -> set[str]:
+    """The settings of a script: the names of the fields of its dataclasses GPTConfig and Hyperparameters.
+
+    The script is parsed, not run. ValueError if it is not Python.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise ValueError(f"the script is not Python: {error.msg} in line {error.lineno}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, or brackets nested without end
+        raise ValueError(f"the script is not Python: {error!s:.80}") from None
+
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in ("GPTConfig", "Hyperparameters"):
+            for statement in node.body:
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    names.add(statement.target.id)
+    return names
+
+
+def seed_result(run: Mapping[str, Any]) -> SeedResult:
+    """The result of one run, from its JSON."""
+    ledger = {key.removeprefix("seconds_"): seconds for key, seconds in run.items() if key.startswith("seconds_")}
+    return SeedResult(
+        **{name: run[name] for name in COPIED_TO_SEED_RESULT},
+        train_seconds=round(sum(ledger.get(phase, 0.0) for phase in COUNTED_PHASES), 2),
+        eval_seconds=ledger["evaluate"],
+        ledger_seconds=ledger,
+    )
+
+
+def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[str, Any]) -> Submission:
+    """The submission that follows from the JSON of its runs, their script, and what the author says about it.
+
+    ValueError if these runs do not belong in one record.
+    """
+    first = runs[0]
+    for run in runs:
+        if run["partial"] or run.get("eval_artifact"):
+            raise ValueError(f"run {run['run_id']} scored a part of the split or did not train: leave it out of --runs")
+    require_equal(runs, SAME_IN_ALL_RUNS)
+
+    if sha256(source) != first["code_sha256"]:
+        raise ValueError(
+            f"the script has sha256 {sha256(source)}, but the run was made with {first['code_sha256']}: "
+            "give --script the one that ran"
+        )
+    settings = sorted(name for name in script_settings(source.decode()) - PER_RUN if name in first)
+    require_equal(runs, settings)
+
+    by_seed = sorted(runs, key=lambda run: run["seed"])
+    results = {str(run["seed"]): seed_result(run) for run in by_seed}
+    if len(results) < len(runs):
+        seeds = ", ".join(str(run["seed"]) for run in by_seed)
+        raise ValueError(f"the runs have the seeds {seeds}: a record holds one run of each seed")
+
+    def values(key: str) -> list[float]:
+        return [getattr(result, key) for result in results.values()]
+
+    def deviation(key: str) -> float | None:
+        return statistics.stdev(values(key)) if len(results) > 1 else None
+
+    lossless = first["tokenizer_lossless"]
+    return Submission(
+        **about,
+        **{name: first[name] for name in COPIED_TO_SUBMISSION},
+        schema_version=1,
+        hardware=f"{first['world_size']}x {first['device']}",
+        bytes_artifact=max(result.bytes_artifact for result in results.values()),
+        bytes_total=max(result.bytes_total for result in results.values()),
+        val_loss=statistics.fmean(values("val_loss")),
+        val_loss_std=deviation("val_loss"),
+        val_bpb=statistics.fmean(values("val_bpb")),
+        val_bpb_std=deviation("val_bpb"),
+        pre_quant_val_bpb=statistics.fmean(values("pre_quant_val_bpb")),
+        train_seconds=statistics.fmean(values("train_seconds")),
+        tokenizer_lossless=lossless if isinstance(lossless, bool) else None,
+        settings={name: first[name] for name in settings},
+        seed_results=results,
+    )
+
+
+def require_equal(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> None:
+    """ValueError if runs differ in one of these keys."""
+    first = runs[0]
+    for run in runs[1:]:
+        for key in keys:
+            if run.get(key) != first[key]:
+                raise ValueError(
+                    f"{key} is {first[key]} in run {first['run_id']} and {run.get(key)} in run {run['run_id']}: "
+                    "a record holds runs of one kind, name those with --runs"
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logs, in the grammar of the published challenge
+# ----------------------------------------------------------------------------------------------------------------------
+
+NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(?![\w.])"
+STEP_LINE = re.compile(rf"(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
+TRAIN_TIME = re.compile(r"train_time: ?(\d+(?:\.\d+)?) ?(ms|m|s)?")
+SECONDS_PER_UNIT = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0}
+SCORE_LINE = re.compile(rf"([A-Za-z]\w*) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(.*)")
+KEY_VALUE = re.compile(r"\b([a-z]\w*):([^\s,]+)")
+
+# Values that stand in a line of another form than key:value.
+NAMED_VALUES = {
+    "settings": re.compile(r"^preset:\S+ .*settings:(\S*)"),
+    "dataset": re.compile(r"\bdataset:(\S+)"),
+    "bytes_code": re.compile(r"Code size: (\d+) bytes"),
+    "bytes_artifact": re.compile(r"Serialized model \S+: (\d+) bytes"),
+    "bytes_total": re.compile(r"Total submission size \S+: (\d+) bytes"),
+}
+MAX_LINE = 4000  # characters; no line of a real log comes near, and the patterns stay fast
+
+
+class CurvePoint(NamedTuple):
+    step: int
+    seconds: float  # NaN where the line has no time
+    loss: float  # nats per token
+
+
+class FinalScore(NamedTuple):
+    line: str  # the name that the line begins with
+    val_loss: float
+    val_bpb: float
+
+
+class RunLog(NamedTuple):
+    """What a log says."""
+
+    train_curve: list[CurvePoint]
+    val_curve: list[CurvePoint]
+    scores: dict[str, FinalScore]  # by the name of their line, in the order of the log
+    values: dict[str, str]  # the last value of every key:value, and the values in NAMED_VALUES
+
+    @property
+    def final(self) -> FinalScore | None:
+        """The result of the run: its last `_exact` line or, if there is none, its last score."""
+        exact = [score for name, score in self.scores.items() if name.endswith("_exact")]
+        candidates = exact or list(self.scores.values())
+        return candidates[-1] if candidates else None
+
+
+def parse_log(text: str) -> RunLog:
+    """Read a log of this project or of the published challenge. Lines of any other form are skipped."""
+    log = RunLog([], [], {}, {})
+    for line in text.splitlines():
+        if len(line) > MAX_LINE:
+            continue
+
+        step = STEP_LINE.match(line)
+        if step:
+            time = TRAIN_TIME.search(step[5])
+            seconds = float(time[1]) * SECONDS_PER_UNIT[time[2]] if time else math.nan
+            curve = log.train_curve if step[2] == "train" else log.val_curve
+            curve.append(CurvePoint(int(step[1]), seconds, float(step[3])))
+            continue
+
+        # A score of a part of the split is not a result.
+        score = SCORE_LINE.match(line)
+        if score and not re.search(r"(^|\s)partial:", score[4]):
+            log.scores[score[1]] = FinalScore(score[1], float(score[2]), float(score[3]))
+
+        for key, value in KEY_VALUE.findall(line):
+            in_brackets = value.endswith(")") and value.count(")") > value.count("(")
+            log.values[key] = value[:-1] if in_brackets else value
+        for key, pattern in NAMED_VALUES.items():
+            if found := pattern.search(line):
+                log.values[key] = found[1]
+    return log

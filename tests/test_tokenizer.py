@@ -198,10 +198,10 @@ def test_words_are_as_short_as_the_pieces_allow(tokenizers: dict[str, Tokenizer]
     """A tokenizer with pieces like "mat." needs words that end at a space only."""
     sp = tokenizers["foreign punctuated"].sp
     assert any(re.fullmatch(r"\u2581?\w+[.):]+", sp.id_to_piece(i)) for i in range(300))
-    cached = tokenizers["foreign punctuated"].words
+    cached = tokenizers["foreign punctuated"].word_cache
     assert cached is not None
     assert cached.split("The mat. It") == ["The", " mat.", " It"]
-    cached = tokenizers["foreign caseops"].words
+    cached = tokenizers["foreign caseops"].word_cache
     assert cached is not None
     assert cached.split("The mat. It") == ["The", " mat", ".", " It"]
 
@@ -214,7 +214,7 @@ def test_words_are_as_short_as_the_pieces_allow(tokenizers: dict[str, Tokenizer]
 @example(text=" \u0301a \u0308 \u093f \u200b ")
 def test_cached_words_give_the_tokens_of_sentencepiece(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = tokenizers[kind]
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
 
 
@@ -225,7 +225,7 @@ def test_cached_words_give_the_tokens_of_sentencepiece_on_real_text(
 ) -> None:
     path = SHARED / "tokenizers" / f"{name}.model"
     tokenizer = Tokenizer(path.read_bytes(), path) if path.exists() else tokenizers[name]
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     lines = (SHARED / "web-real" / "commoncrawl_misc.jsonl").open(encoding="utf-8")
     for text in (json.loads(line)["text"] for line in lines):
         assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
@@ -240,7 +240,7 @@ def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
         {"byte_fallback": True, "model_type": "unigram"},
     ):
         tokenizer = foreign_tokenizer(**options)
-        assert tokenizer.words is None
+        assert tokenizer.word_cache is None
         assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
 
 
@@ -249,20 +249,20 @@ def test_words_are_cached_one_by_one(tokenizers: dict[str, Tokenizer], kind: str
     """Spaces go with what is behind them, punctuation apart; a normalizing tokenizer folds them first."""
     tokenizer = Tokenizer(tokenizers[kind].model, Path("toy.model"))
     tokenizer.encode("The cat (sat) on  The cat's \u201cmat\u201d ")
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     expected = {"The", " cat", " (", "sat", ")", " on", "'", "s", " \u201c", "mat", "\u201d"}
-    assert set(tokenizer.words) == expected | ({" The"} if kind == "published" else {"  The", " "})
+    assert set(tokenizer.word_cache) == expected | ({" The"} if kind == "published" else {"  The", " "})
 
 
 def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tk, "CACHED_WORDS", 5)
     monkeypatch.setattr(tk, "LONGEST_CACHED_WORD", 6)
     tokenizer = Tokenizer(tokenizers["lossless"].model, Path("toy.model"))
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     for text in DOCUMENTS:
         assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
-        assert len(tokenizer.words) <= 5
-        assert all(len(word) <= 6 for word in tokenizer.words)
+        assert len(tokenizer.word_cache) <= 5
+        assert all(len(word) <= 6 for word in tokenizer.word_cache)
 
 
 def test_a_tokenizer_travels_to_another_process(tokenizers: dict[str, Tokenizer]) -> None:

@@ -7,8 +7,8 @@
     python data/build_shards.py --check data/datasets/my_sp1024    # does it match its manifest?
 
 The input is .jsonl or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`), .txt (one
-document per file), or a data set of the Hugging Face Hub. Without input, the documents are those of the running
-Python. The script writes to --out, by default the folder that it is in:
+document per file), or a data set of the Hugging Face Hub. Without input, the documents come from the
+documentation of the running Python. The script writes to --out, by default the folder that it is in:
 
     datasets/NAME/fineweb_{train,val}_%06d.bin   shards (shards.py): for each document BOS, then its tokens; no EOS
     datasets/NAME/fineweb_val_bytes_%06d.bin     entry i: source UTF-8 bytes that token i of the val shard stands for
@@ -517,13 +517,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", type=Path, default=[], metavar="FILE", help="documents")
     source.add_argument("--hub", metavar="REPO", help="data set on the Hub; its train split is streamed")
-    parser.add_argument("--hub-config", metavar="NAME", help="configuration of it, such as sample-10BT")
-    parser.add_argument("--hub-revision", metavar="REV", help="branch, tag or commit of it (default: the newest)")
+    parser.add_argument("--hub-config", metavar="NAME", help="configuration of that data set: sample-10BT ...")
+    parser.add_argument("--hub-revision", metavar="REV", help="its branch, tag or commit (default: the newest)")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents")
     held_out.add_argument("--val-docs", type=int, metavar="N", help=f"validate on the first N (default: {VAL_DOCS})")
     parser.add_argument("--max-docs", type=int, metavar="N", help="read the first N documents, validation included")
-    parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, with the attribution that it wants")
+    parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, with the attribution it asks for")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="reuse this SentencePiece model, or byte260")
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer to train")
     parser.add_argument("--caseops", action="store_true", help="write capitals as operators and small letters")
@@ -532,7 +532,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="only verify this data set against its manifest")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="only compare this data set with its manifest")
     return parser.parse_args(argv)
 
 

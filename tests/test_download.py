@@ -205,28 +205,6 @@ def test_the_manifest_is_one_that_training_accepts(finished, tokenizer, hub) -> 
     assert identity == {"val_text_sha256": "unknown", "tokenizer_lossless": False}
 
 
-def test_a_manifest_of_the_repository_itself_is_kept_and_checked(run, hub, published, finished, tmp_path) -> None:
-    """What our own exporter publishes knows the text: its identity must survive the way through the Hub."""
-    manifest = json.loads((finished / FOLDER / "manifest.json").read_text())
-    sidecar = shard(tmp_path / "x.bin", np.ones(1000, int))
-    manifest["tokenizer"]["lossless"] = True
-    manifest["licence"] = "some text, some licence"
-    manifest["splits"]["val"] |= {"text_sha256": "0123", "bytes": 4567}
-    manifest["splits"]["val"]["files"]["fineweb_val_bytes_000000.bin"] = hashlib.sha256(sidecar).hexdigest()
-    files = {**published, SHARDS + "fineweb_val_bytes_000000.bin": sidecar}
-    hub.commit({**files, SHARDS + "manifest.json": json.dumps(manifest).encode()})
-    run("--train-shards", "2")
-    assert_published(tmp_path / "data", files, 2)
-    ours = json.loads((tmp_path / "data" / FOLDER / "manifest.json").read_text())
-    assert ours["splits"]["val"] == manifest["splits"]["val"]
-    assert ours["tokenizer"]["lossless"] is True
-    assert ours["licence"] == manifest["licence"]
-    assert ours["splits"]["train"]["text_sha256"] == "unknown"  # two shards are not the split that it was said of
-    manifest["splits"]["val"]["files"]["fineweb_val_000000.bin"] = "0" * 64
-    hub.commit({**files, SHARDS + "manifest.json": json.dumps(manifest).encode()})
-    assert "contradicts the manifest" in run("--train-shards", "2", status=1).stderr
-
-
 def test_list_shows_what_the_repository_has(run, hub, tmp_path) -> None:
     lines = run("--list").stdout.splitlines()
     assert lines[0].startswith(hub.repo)

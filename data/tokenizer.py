@@ -282,8 +282,8 @@ def without_normalizer(model: bytes) -> bytes:
 # join ever crosses a cut, and so the tokens of the text are those of its words, one after the other.
 #
 # Three things could still spoil this:
-# - A model without byte fallback makes one token of several unknown characters, across cuts too. So it
-#   must have a piece for every byte.
+# - A model without byte fallback makes one token of several unknown characters, across cuts too. So the model must
+#   have a piece for every byte.
 # - Normalization looks at neighbours: it folds blanks and composes characters. So a model that normalizes gets the
 #   whole text first, and its words are then encoded by a copy of it that does not normalize.
 # - The transform must not move a cut. It does not: only characters that count as letters here are rewritten, and what

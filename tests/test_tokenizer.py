@@ -209,7 +209,7 @@ def test_words_are_as_short_as_the_pieces_allow(tokenizers: dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS + FOREIGN)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=texts)
 @example(text="  The  cat   ")
 @example(text="\u2581\u2581 a\u2581b \u2581")

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import build_shards
+import huggingface_hub.constants
 import pytest
 from hub import Hub
 
@@ -98,9 +99,10 @@ def test_documents_are_streamed_in_order_from_one_revision_and_what_is_absent_is
     assert "no/such" in messages[3]
 
 
-def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:
-    message = build("http://127.0.0.1:9", tmp_path, ["--hub", REPO])[0]
-    assert f"{REPO} cannot be read from http://127.0.0.1:9" in message
+def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=None))  # spare the import
+    assert f"{REPO} cannot be read from http://127.0.0.1:9" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("found", [None, types.ModuleType("datasets")])  # no package, or the folder data/datasets
@@ -108,6 +110,10 @@ def test_a_missing_package_is_named_with_its_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: types.ModuleType | None
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", found)
+    assert refusal(tmp_path) == "--hub needs the datasets package: pip install datasets"
+
+
+def refusal(out: Path) -> str:
     with pytest.raises(SystemExit) as stop:
-        build_shards.main(["--hub", REPO, "--name", "toy", "--out", str(tmp_path)])
-    assert stop.value.code == "--hub needs the datasets package: pip install datasets"
+        build_shards.main(["--hub", REPO, "--name", "toy", "--out", str(out)])
+    return str(stop.value.code)

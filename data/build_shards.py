@@ -1,25 +1,28 @@
-"""Turn documents into token shards, with a tokenizer trained on them or a given one.
+"""Turn documents into token shards, with a tokenizer that is trained on them or given.
 
     python data/build_shards.py                                    # English from this Python's own documentation
     python data/build_shards.py --name my_sp1024 --input a.jsonl b.parquet --val-docs 500
     python data/build_shards.py --name my_sp1024 --input a.jsonl.zst --val held_out.jsonl --tokenizer sp1024.model
     python data/build_shards.py --name edu_sp1024 --hub HuggingFaceFW/fineweb-edu --hub-config sample-10BT
-    python data/build_shards.py --check data/datasets/my_sp1024    # is it what its manifest says?
+    python data/build_shards.py --check data/datasets/my_sp1024    # does it match its manifest?
 
-Inputs: .jsonl and .jsonl.zst (a JSON object with a string `text` per line), .parquet (column `text`), .txt (one
-document per file), or a data set of the Hugging Face Hub. Under --out (default: the folder of this script) it writes
+The input is .jsonl or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`), .txt (one
+document per file), or a data set of the Hugging Face Hub. Without input, the documents come from the
+documentation of the running Python. The script writes to --out, by default the folder that it is in:
 
-    datasets/NAME/fineweb_{train,val}_%06d.bin   shards (shards.py): per document BOS, then its tokens; no EOS
+    datasets/NAME/fineweb_{train,val}_%06d.bin   shards (shards.py): for each document BOS, then its tokens; no EOS
     datasets/NAME/fineweb_val_bytes_%06d.bin     entry i: source UTF-8 bytes that token i of the val shard stands for
     datasets/NAME/manifest.json                  what was built from what; written last, so a killed build has none
     tokenizers/*.model                           the SentencePiece model
 
-documents.py reads, transforms.py and tokenizer.py turn text into tokens; the output is the same for any --workers.
+documents.py reads the input, transforms.py and tokenizer.py turn text into tokens. The output does not depend on the
+number of --workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -53,51 +56,104 @@ from tokenizer import (
 )
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-TOOL_VERSION = 2  # rises whenever equal input can give another output
-BATCH_CHARS = 1_000_000  # text encoded at a time: some tenths of a second, so that all workers stay busy
-POOL_BATCHES = 8  # fewer are encoded sooner than processes start
-BYTE260 = Path("byte260")  # the name of the tokenizer of pure bytes, where others have a file
-VAL_DOCS = 50_000  # as in the published data sets
+# Goes up whenever equal input can give another output.
+TOOL_VERSION = 2
+# Encoding a batch of this size takes some tenths of a second, which keeps all workers busy.
+BATCH_CHARS = 1_000_000
+# Fewer batches than this are encoded sooner than processes start.
+POOL_BATCHES = 8
+# What --tokenizer gets for the tokenizer of pure bytes, where others have a file.
+BYTE260 = Path("byte260")
+# Documents for validation, as in the published data sets.
+VAL_DOCS = 50_000
 
 # --- Encode ---
 
 
-class Encoded(NamedTuple):
-    """What became of a batch of documents."""
+@dataclasses.dataclass
+class Counts:
+    """What became of some documents. The names are those of the manifest."""
 
-    fates: list[str]  # of each document: the figure of the manifest that counts it
-    tokens: Tokens  # of those in `documents`: (1, N), for val (2, N) with the source bytes of each token
-    lossless: bool  # each decodes to itself; tried for val only
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    dropped_documents: int = 0
+    overlap_documents: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            bytes=self.bytes + other.bytes,
+            dropped_documents=self.dropped_documents + other.dropped_documents,
+            overlap_documents=self.overlap_documents + other.overlap_documents,
+        )
+
+
+class Encoded(NamedTuple):
+    """A batch of documents in tokens.
+
+    tokens    all kept documents in a row: (1, N); for val (2, N), the second row holding the source bytes of each token
+    kept      the positions in the batch of the kept documents
+    counts    what became of the documents of the batch
+    lossless  whether every document decodes to itself; not tried for train, where it is always True
+    """
+
+    tokens: Tokens
+    kept: list[int]
+    counts: Counts
+    lossless: bool
 
 
 class Encoder:
-    """Encodes a batch of documents of one split; a function that can be sent to another process.
+    """Encodes batches of documents of one split. It can be sent to another process.
 
-    Blank documents, and those that a normalizing tokenizer leaves without a token, are dropped; so are those whose
-    fingerprint is in `held_out`.
+    It leaves out documents without text, or for which a normalizing tokenizer has no token, and those whose fingerprint
+    is in `held_out`.
     """
 
     def __init__(self, tokenizer: Tokenizer, split: str, held_out: set[bytes]) -> None:
-        self.tokenizer, self.split, self.held_out = tokenizer, split, held_out
+        self.tokenizer = tokenizer
+        self.split = split
+        self.held_out = held_out
 
     def __call__(self, texts: list[str]) -> Encoded:
-        fates, blocks, lossless = [], [np.zeros((2 if self.split == "val" else 1, 0), np.uint16)], True
-        for text in texts:
+        is_val = self.split == "val"
+        # The empty block gives the result its rows even if every document of the batch is left out.
+        blocks = [np.zeros((2 if is_val else 1, 0), np.uint16)]
+        kept: list[int] = []
+        counts = Counts()
+        lossless = True
+
+        for i, text in enumerate(texts):
             if not text.strip():
-                fates.append("dropped_documents")
-            elif self.held_out and fingerprint(text) in self.held_out:
-                fates.append("overlap_documents")
-            else:
-                block = self.val_block(text) if self.split == "val" else self.train_block(text)
-                fates.append("documents" if block.size else "dropped_documents")
-                blocks.append(block)
-                lossless = lossless and (self.split != "val" or self.survives(text, block))
-        return Encoded(fates, np.concatenate(blocks, axis=1), lossless)
+                counts.dropped_documents += 1
+                continue
+            if self.held_out and fingerprint(text) in self.held_out:
+                counts.overlap_documents += 1
+                continue
+
+            block = self.val_block(text) if is_val else self.train_block(text)
+            # A document that leaves no token is lost too, so this comes before it is dropped.
+            if is_val and lossless:
+                lossless = self.decodes_to(text, block)
+            if not block.size:
+                counts.dropped_documents += 1
+                continue
+
+            blocks.append(block)
+            kept.append(i)
+            counts.documents += 1
+            counts.tokens += block.shape[1]
+            counts.bytes += len(text.encode())
+        return Encoded(np.concatenate(blocks, axis=1), kept, counts, lossless)
 
     def train_block(self, text: str) -> Tokens:
-        """BOS and the tokens; empty for a text without tokens. -> (1, N)"""
+        """BOS and the tokens of the text. -> (1, N), where N is 0 for a text without tokens"""
         ids = self.tokenizer.encode(text)
-        return np.concatenate([[self.tokenizer.sp.bos_id()], ids] if ids.size else [ids]).astype(np.uint16)[None]
+        if not ids.size:
+            return np.zeros((1, 0), np.uint16)
+        return np.concatenate([[self.tokenizer.sp.bos_id()], ids]).astype(np.uint16)[None]
 
     def val_block(self, text: str) -> Tokens:
         """As train_block, with a second row: the source bytes of each token, 0 for BOS. -> (2, N)
@@ -110,14 +166,17 @@ class Encoder:
                 f"the val document that begins with {text[:40]!r} has a token that stands for {n_bytes.max()} bytes, "
                 "more than the 65535 of uint16: shorten its runs of blanks"
             )
-        rows = np.stack([ids, n_bytes.astype(np.uint16)])
-        bos = np.array([[self.tokenizer.sp.bos_id()], [0]], np.uint16)
-        return np.concatenate([bos, rows], axis=1) if ids.size else rows
+        if not ids.size:
+            return np.zeros((2, 0), np.uint16)
 
-    def survives(self, text: str, block: Tokens) -> bool:
+        bos = np.array([[self.tokenizer.sp.bos_id()], [0]], np.uint16)
+        return np.concatenate([bos, np.stack([ids, n_bytes.astype(np.uint16)])], axis=1)
+
+    def decodes_to(self, text: str, block: Tokens) -> bool:
         try:
             return self.tokenizer.decode(block[0, 1:]) == text
-        except ValueError:  # the tokenizer damaged an operator of the transform
+        except ValueError:
+            # The tokenizer damaged an operator of the transform.
             return False
 
 
@@ -130,52 +189,56 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
         chars += len(text)
         if chars >= BATCH_CHARS:
             yield batch
-            batch, chars = [], 0
+            batch = []
+            chars = 0
     if batch:
         yield batch
 
 
-ENCODERS: list[Encoder] = []  # of a worker process: the one it was started with
+# In a worker process, the encoder that it was started with.
+ENCODERS: list[Encoder] = []
 
 
 def start_worker(encoder: Encoder) -> None:
-    """Keep the encoder, and end with the parent only: a killed export must not leave workers that wait for ever."""
+    """Keep the encoder. End when the parent ends: an export that is killed must not leave waiting workers behind."""
 
-    def follow_parent() -> None:
+    def end_with_parent() -> None:
         parent = parent_process()
         assert parent
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # Ctrl-C reaches all processes, but only the parent should answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ENCODERS.append(encoder)
 
 
-def work(texts: list[str]) -> Encoded:
+def encode_in_worker(texts: list[str]) -> Encoded:
     return ENCODERS[0](texts)
 
 
 def encode_in_order(encoder: Encoder, documents: Iterable[str], workers: int) -> Iterator[tuple[list[str], Encoded]]:
-    """Batches of the documents with what became of them, in order; in `workers` processes if there is enough to do.
-
-    Each worker has at most two batches waiting, so that memory does not grow with the input.
-    """
-    todo = batches(documents)
-    first = list(islice(todo, POOL_BATCHES))
-    todo = chain(first, todo)
+    """Each batch of documents with its tokens, in order. Uses `workers` processes if there is enough to do."""
+    unread = batches(documents)
+    first = list(islice(unread, POOL_BATCHES))
+    todo = chain(first, unread)
     if workers == 1 or len(first) < POOL_BATCHES:
-        yield from ((texts, encoder(texts)) for texts in todo)
+        for texts in todo:
+            yield texts, encoder(texts)
         return
+
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (encoder,))
-    waiting: deque[tuple[list[str], Future[Encoded]]] = deque()
+    submitted: deque[tuple[list[str], Future[Encoded]]] = deque()
     try:
         for texts in todo:
-            waiting.append((texts, pool.submit(work, texts)))
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        yield from ((texts, future.result()) for texts, future in waiting)
+            submitted.append((texts, pool.submit(encode_in_worker, texts)))
+            # Two batches per worker, no more, so that memory does not grow with the input.
+            if len(submitted) > 2 * workers:
+                oldest, future = submitted.popleft()
+                yield oldest, future.result()
+        for texts, future in submitted:
+            yield texts, future.result()
     except BrokenProcessPool:
         raise OSError(f"a worker died, perhaps out of memory: try fewer than --workers={workers}") from None
     finally:
@@ -185,97 +248,117 @@ def encode_in_order(encoder: Encoder, documents: Iterable[str], workers: int) ->
 # --- Write ---
 
 
-def encode_split(encoder: Encoder, documents: Iterable[str], workers: int, figures: dict[str, Any]) -> Iterator[Tokens]:
-    """Encode the documents in order and keep account of them in `figures`. -> (R, N) blocks
+class ShardWriter:
+    """Cuts the tokens of one split into shards and writes them, for val with their byte sidecars.
 
-    `lossless` ends as True if every val document decodes to itself.
+    files  the sha256 of each file written so far, by name
     """
-    text_hash = hashlib.sha256()
-    for texts, encoded in encode_in_order(encoder, documents, workers):
-        for text, fate in zip(texts, encoded.fates, strict=True):
-            figures[fate] += 1
-            if fate == "documents":
-                text_hash.update(framed(text))
-                figures["bytes"] += len(text.encode())
-        figures["tokens"] += encoded.tokens.shape[1]
-        figures["lossless"] &= encoded.lossless
-        yield encoded.tokens
-    figures["text_sha256"] = text_hash.hexdigest()
 
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self.folder = folder
+        self.prefixes = ["fineweb_val_", "fineweb_val_bytes_"] if split == "val" else ["fineweb_train_"]
+        self.shard = np.empty((len(self.prefixes), shard_tokens), np.uint16)
+        self.n_filled = 0
+        self.n_written = 0
+        self.files: dict[str, str] = {}
 
-def recut(blocks: Iterable[Tokens], size: int) -> Iterator[Tokens]:
-    """Join (R, n) blocks along n and cut the result into (R, size) blocks; the last one may be shorter."""
-    shard, filled = None, 0
-    for block in blocks:
-        rest = block
-        while rest.shape[1]:
-            if shard is None:
-                shard, filled = np.empty((len(rest), size), np.uint16), 0
-            part = rest[:, : size - filled]
-            shard[:, filled : filled + part.shape[1]] = part
-            filled, rest = filled + part.shape[1], rest[:, part.shape[1] :]
-            if filled == size:
-                yield shard
-                shard = None
-    if shard is not None:
-        yield shard[:, :filled]
+    def add(self, tokens: Tokens) -> None:
+        """Take (R, N) tokens, one row for each kind of file; write the shards that they fill."""
+        while tokens.shape[1]:
+            n_free = self.shard.shape[1] - self.n_filled
+            part = tokens[:, :n_free]
+            tokens = tokens[:, n_free:]
+            self.shard[:, self.n_filled : self.n_filled + part.shape[1]] = part
+            self.n_filled += part.shape[1]
+            if self.n_filled == self.shard.shape[1]:
+                self.write()
 
+    def finish(self) -> None:
+        """Write the last shard, which may be shorter."""
+        if self.n_filled:
+            self.write()
 
-def build_split(
-    folder: Path, documents: Iterable[str], encoder: Encoder, shard_tokens: int, workers: int
-) -> dict[str, Any]:
-    """Write the shards of one split, for val with their byte sidecars. -> its entry in the manifest, plus `lossless`"""
-    counted = ("documents", "tokens", "bytes", "dropped_documents", "overlap_documents")
-    figures: dict[str, Any] = dict.fromkeys(counted, 0) | {"lossless": True}
-    split = encoder.split
-    names = ["fineweb_val_", "fineweb_val_bytes_"] if split == "val" else ["fineweb_train_"]
-    files: dict[str, str] = {}
-    progress = tqdm(documents, split, unit=" documents", disable=None)
-    for index, block in enumerate(recut(encode_split(encoder, progress, workers, figures), shard_tokens)):
-        for name, row in zip(names, block, strict=True):
-            path = folder / f"{name}{index:06d}.bin"
+    def write(self) -> None:
+        for prefix, row in zip(self.prefixes, self.shard[:, : self.n_filled], strict=True):
+            path = self.folder / f"{prefix}{self.n_written:06d}.bin"
             write_shard(path, row)
-            files[path.name] = file_digest(path)
-    if not files:
-        raise ValueError(f"the {split} split has no document with text: name other files or a smaller --val-docs")
-    return {**figures, "files": files}
+            self.files[path.name] = file_digest(path)
+        self.n_written += 1
+        self.n_filled = 0
+
+
+class Split(NamedTuple):
+    """A split that was written: its entry in the manifest, and whether each of its documents decodes to itself."""
+
+    entry: dict[str, Any]
+    lossless: bool
+
+
+def build_split(folder: Path, documents: Iterable[str], encoder: Encoder, shard_tokens: int, workers: int) -> Split:
+    """Encode the documents of one split and write its shards. Raises ValueError if none of them has text."""
+    counts = Counts()
+    lossless = True
+    text_hash = hashlib.sha256()
+    writer = ShardWriter(folder, encoder.split, shard_tokens)
+
+    progress = tqdm(documents, encoder.split, unit=" documents", disable=None)
+    for texts, encoded in encode_in_order(encoder, progress, workers):
+        counts += encoded.counts
+        lossless = lossless and encoded.lossless
+        for i in encoded.kept:
+            text_hash.update(framed(texts[i]))
+        writer.add(encoded.tokens)
+    writer.finish()
+
+    if not counts.documents:
+        raise ValueError(
+            f"the {encoder.split} split has no document with text: name other files or a smaller --val-docs"
+        )
+    entry = {**dataclasses.asdict(counts), "text_sha256": text_hash.hexdigest(), "files": writer.files}
+    return Split(entry, lossless)
 
 
 # --- Check ---
 
 
-def check_files(folder: Path, files: dict[str, str]) -> Iterator[str]:
-    """What contradicts the sha256 of each file."""
+def check_files(folder: Path, files: dict[str, str]) -> list[str]:
+    """What is wrong with files whose sha256 is known."""
+    faults = []
     for name, sha256 in files.items():
         if not (folder / name).is_file():
-            yield f"{folder / name} is missing"
+            faults.append(f"{folder / name} is missing")
         elif file_digest(folder / name) != sha256:
-            yield f"{folder / name} is not the file of the manifest: its sha256 differs"
+            faults.append(f"{folder / name} is not the file of the manifest: its sha256 differs")
+    return faults
 
 
 def count_split(folder: Path, names: list[str], tokenizer: Tokenizer | None, lossless: bool) -> dict[str, Any]:
-    """The figures of a split as far as its files tell them: documents and tokens, and from a sidecar the bytes.
+    """The figures of a split that its files tell, under their names in the manifest.
 
-    For a `lossless` tokenizer also the identity of the text, decoded from the tokens of a split with a sidecar.
+    These are documents and tokens; where there are sidecars also bytes, and the identity of the text if the tokenizer
+    is lossless, so that the tokens can be decoded.
     """
-    found: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0}
-    bos_id = tokenizer.sp.bos_id() if tokenizer else 1
     shards = [read_shard(folder / name) for name in names if "_bytes_" not in name]
     sidecars = [read_shard(folder / name) for name in names if "_bytes_" in name]
+    bos_id = tokenizer.sp.bos_id() if tokenizer else 1
+
+    found: dict[str, Any] = {"documents": 0, "tokens": 0}
     for shard in shards:
-        found["tokens"] += shard.size
         found["documents"] += int(np.count_nonzero(shard == bos_id))
-        top = int(shard.max(initial=0))
-        if tokenizer and top >= len(tokenizer.is_byte):
-            raise ValueError(f"{folder} has token {top}, but the tokenizer has {len(tokenizer.is_byte)} pieces")
+        found["tokens"] += shard.size
+        highest = int(shard.max(initial=0))
+        if tokenizer and highest >= len(tokenizer.is_byte):
+            raise ValueError(f"{folder} has token {highest}, but the tokenizer has {len(tokenizer.is_byte)} pieces")
     if not sidecars:
-        del found["bytes"]
         return found
+
     if [sidecar.size for sidecar in sidecars] != [shard.size for shard in shards]:
         raise ValueError(f"{folder} has byte sidecars that do not fit its shards")
     found["bytes"] = sum(int(sidecar.sum(dtype=np.int64)) for sidecar in sidecars)
+
     if tokenizer and lossless:
-        ids, text_hash = np.concatenate(shards), hashlib.sha256()
+        ids = np.concatenate(shards)
+        text_hash = hashlib.sha256()
         for document in np.split(ids, np.flatnonzero(ids == bos_id))[1:]:
             text_hash.update(framed(tokenizer.decode(document[1:])))
         found["text_sha256"] = text_hash.hexdigest()
@@ -285,7 +368,7 @@ def count_split(folder: Path, names: list[str], tokenizer: Tokenizer | None, los
 def check(folder: Path) -> list[str]:
     """What in a data set contradicts its manifest: files, hashes, counts, sums. Empty if all is well.
 
-    Reads the manifests of data/download.py too, whose unknown figures are skipped.
+    It reads the manifests of data/download.py too, and skips the figures that these call unknown.
     """
     path = folder / "manifest.json"
     if not path.is_file():
@@ -294,17 +377,24 @@ def check(folder: Path) -> list[str]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         splits = {split: dict(manifest["splits"][split]) for split in ("train", "val")}
         listed = {name for figures in splits.values() for name in dict(figures["files"])}
-        model, lossless = str(manifest["tokenizer"]["file"]), manifest["tokenizer"]["lossless"] is True
-        shelf, sha256 = folder.absolute().parent.parent / "tokenizers", manifest["tokenizer"]["sha256"]
+        model_name = str(manifest["tokenizer"]["file"])
+        model_sha256 = manifest["tokenizer"]["sha256"]
+        lossless = manifest["tokenizer"]["lossless"] is True
     except (ValueError, KeyError, TypeError):
         return [f"{path} is not a manifest of data/build_shards.py: export the data again"]
-    faults = [*check_files(shelf, {model: sha256})]
-    faults += [fault for figures in splits.values() for fault in check_files(folder, figures["files"])]
-    stray = sorted(file.name for file in folder.glob("fineweb_*.bin") if file.name not in listed)
-    faults += [f"{folder / name} is not in the manifest: remove it" for name in stray]
-    if faults:  # the sums of other files mean nothing
+
+    model_path = folder.absolute().parent.parent / "tokenizers" / model_name
+    faults = check_files(model_path.parent, {model_name: model_sha256})
+    for figures in splits.values():
+        faults += check_files(folder, figures["files"])
+    for name in sorted(file.name for file in folder.glob("fineweb_*.bin")):
+        if name not in listed:
+            faults.append(f"{folder / name} is not in the manifest: remove it")
+    if faults:
+        # What other files hold says nothing about this data set.
         return faults
-    tokenizer = Tokenizer((shelf / model).read_bytes(), shelf / model) if model.endswith(".model") else None
+
+    tokenizer = Tokenizer(model_path.read_bytes(), model_path) if model_name.endswith(".model") else None
     for split, figures in splits.items():
         found = count_split(folder, sorted(figures["files"]), tokenizer, lossless)
         for key, value in found.items():
@@ -317,7 +407,7 @@ def check(folder: Path) -> list[str]:
 
 
 def given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer that --tokenizer names, if any; loaded first, since errors should come before the work."""
+    """The tokenizer that --tokenizer names, or None if one is to be trained."""
     if not args.tokenizer:
         return None
     if args.tokenizer == BYTE260:
@@ -329,25 +419,31 @@ def given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     return given
 
 
+def train_model(corpus: Corpus, held_out: set[bytes], args: argparse.Namespace) -> bytes:
+    """Train the tokenizer that the arguments ask for on the train split. -> the SentencePiece model"""
+    documents = islice(corpus.train(), TOKENIZER_DOCS)
+    train = (text for text in documents if fingerprint(text) not in held_out)
+    if args.published:
+        return train_published_tokenizer(train, args.vocab_size)
+    return train_tokenizer(sample_documents(train, TOKENIZER_TEXT_CHARS), args.vocab_size, args.caseops)
+
+
 def place_tokenizer(
     corpus: Corpus, held_out: set[bytes], args: argparse.Namespace, name: str, given: Tokenizer | None
 ) -> Tokenizer:
-    """Copy the given tokenizer to its folder, or train one on the training documents and write it there.
-
-    A data set called X_sp1024 gets X_1024_bpe.model, as the published ones are called.
-    """
+    """Write the given tokenizer, or else a newly trained one, to the folder of tokenizers."""
     folder = args.out / "tokenizers"
     if given:
-        model, path = given.model, folder / given.path.name
+        model = given.model
+        path = folder / given.path.name
         if path.exists() and path.read_bytes() != model:
             raise ValueError(f"{path} exists and differs from {given.path}: rename one of them")
     else:
-        train = (text for text in islice(corpus.train(), TOKENIZER_DOCS) if fingerprint(text) not in held_out)
-        if args.published:
-            model = train_published_tokenizer(train, args.vocab_size)
-        else:
-            model = train_tokenizer(sample_documents(train, TOKENIZER_TEXT_CHARS), args.vocab_size, args.caseops)
-        path = folder / f"{re.sub(r'_sp[0-9]+(?=_|$)', '', name)}_{args.vocab_size}_bpe.model"
+        model = train_model(corpus, held_out, args)
+        # The tokenizer of my_sp1024 is my_1024_bpe.model, as the published ones are called.
+        stem = re.sub(r"_sp[0-9]+(?=_|$)", "", name)
+        path = folder / f"{stem}_{args.vocab_size}_bpe.model"
+
     folder.mkdir(parents=True, exist_ok=True)
     if not (path.exists() and path.read_bytes() == model):
         write_whole(path, model)
@@ -361,17 +457,15 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
 
     folder = args.out / "datasets" / name
     folder.mkdir(parents=True, exist_ok=True)
-    # a longer export must not leave its tail, nor a killed one its half-written file
+    # An earlier export may have had more shards, and a killed one leaves a half-written file.
     for stale in [folder / "manifest.json", *folder.glob("fineweb_*.bin"), *folder.glob(".*.tmp")]:
         stale.unlink(missing_ok=True)
 
-    train, val = Encoder(tokenizer, "train", held_out), Encoder(tokenizer, "val", set())
-    splits = {
-        "train": build_split(folder, corpus.train(), train, args.shard_tokens, args.workers),
-        "val": build_split(folder, corpus.val(), val, args.shard_tokens, args.workers),
-    }
-    splits["train"].pop("lossless")  # measured on val only
-    lossless = splits["val"].pop("lossless")
+    train_encoder = Encoder(tokenizer, "train", held_out)
+    val_encoder = Encoder(tokenizer, "val", set())
+    train = build_split(folder, corpus.train(), train_encoder, args.shard_tokens, args.workers)
+    val = build_split(folder, corpus.val(), val_encoder, args.shard_tokens, args.workers)
+
     manifest = {
         "format": 1,
         "name": name,
@@ -381,26 +475,29 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
         "tool": "data/build_shards.py",
         "tool_version": TOOL_VERSION,
         "sentencepiece_version": spm.__version__,
-        "val_docs": sum(splits["val"][key] for key in ("documents", "dropped_documents", "overlap_documents")),
+        "val_docs": val.entry["documents"] + val.entry["dropped_documents"] + val.entry["overlap_documents"],
         "tokenizer": {
             "file": tokenizer.path.name,
             "sha256": hashlib.sha256(tokenizer.model).hexdigest(),
             "vocab_size": tokenizer.sp.get_piece_size(),
-            "lossless": lossless,
+            "lossless": val.lossless,
             "transform": tokenizer.transform.name,
             "settings": tokenizer.settings,
         },
-        "splits": splits,
+        "splits": {"train": train.entry, "val": val.entry},
     }
     write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     print_summary(manifest, tokenizer.path, folder)
 
 
 def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
-    for split, s in manifest["splits"].items():
-        ratio = s["bytes"] / s["tokens"]
-        print(f"{split}: {s['documents']} documents, {s['tokens']} tokens, {s['bytes']} bytes, {ratio:.3f} bytes/token")
-        print(f"  left out: {s['dropped_documents']} without text, {s['overlap_documents']} that val holds")
+    for name, split in manifest["splits"].items():
+        ratio = split["bytes"] / split["tokens"]
+        print(
+            f"{name}: {split['documents']} documents, {split['tokens']} tokens, {split['bytes']} bytes, "
+            f"{ratio:.3f} bytes/token"
+        )
+        print(f"  left out: {split['dropped_documents']} without text, {split['overlap_documents']} that val holds")
     tokenizer = manifest["tokenizer"]
     lossless = "lossless" if tokenizer["lossless"] else "NOT lossless"
     print(
@@ -410,7 +507,9 @@ def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -418,13 +517,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", type=Path, default=[], metavar="FILE", help="documents")
     source.add_argument("--hub", metavar="REPO", help="data set on the Hub; its train split is streamed")
-    parser.add_argument("--hub-config", metavar="NAME", help="configuration of it, such as sample-10BT")
-    parser.add_argument("--hub-revision", metavar="REV", help="branch, tag or commit of it (default: the newest)")
+    parser.add_argument("--hub-config", metavar="NAME", help="configuration of that data set: sample-10BT ...")
+    parser.add_argument("--hub-revision", metavar="REV", help="its branch, tag or commit (default: the newest)")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents")
     held_out.add_argument("--val-docs", type=int, metavar="N", help=f"validate on the first N (default: {VAL_DOCS})")
     parser.add_argument("--max-docs", type=int, metavar="N", help="read the first N documents, validation included")
-    parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, with the attribution that it wants")
+    parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, with the attribution it asks for")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="reuse this SentencePiece model, or byte260")
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer to train")
     parser.add_argument("--caseops", action="store_true", help="write capitals as operators and small letters")
@@ -433,13 +532,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="only verify this data set against its manifest")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="only compare this data set with its manifest")
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError or FileNotFoundError for arguments that do not go together."""
-    for name, value in (("val-docs", args.val_docs), ("max-docs", args.max_docs), ("workers", args.workers)):
+    """Raise ValueError or FileNotFoundError for a bad value, or for arguments that do not go together."""
+    counts = {"val-docs": args.val_docs, "max-docs": args.max_docs, "workers": args.workers}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     if not (args.input or args.hub) and (args.val or args.val_docs or args.max_docs):
@@ -464,6 +564,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--tokenizer={args.tokenizer} does not exist or is not a file: check the path")
 
 
+def default_name(args: argparse.Namespace) -> str:
+    """The name of the embedded corpus with a tokenizer of this kind."""
+    name = f"pydoc_sp{args.vocab_size}"
+    if args.caseops:
+        name += "_caseops"
+    if args.published:
+        name += "_published"
+    return name
+
+
 def find_corpus(args: argparse.Namespace) -> Corpus:
     val_docs = args.val_docs or VAL_DOCS
     if args.hub:
@@ -481,11 +591,11 @@ def main(argv: list[str] | None = None) -> None:
             if faults:
                 sys.exit("\n".join(faults))
             print(f"{args.check} is what its manifest says")
-            return
-        check_arguments(args)
-        suffix = "_caseops" * args.caseops + "_published" * args.published
-        given = given_tokenizer(args)
-        build(find_corpus(args), args, args.name or f"pydoc_sp{args.vocab_size}{suffix}", given)
+        else:
+            check_arguments(args)
+            # Read the tokenizer first: if it is bad, that should be known before the work on the documents.
+            given = given_tokenizer(args)
+            build(find_corpus(args), args, args.name or default_name(args), given)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

@@ -17,23 +17,32 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-VAL_SHARE = 0.08  # of the embedded corpus, in bytes
-MIN_DOCSTRING_CHARS = 20  # shorter ones are labels, not prose
+# The validation split of the embedded corpus holds this share of its bytes.
+VAL_SHARE = 0.08
+# Shorter docstrings are labels, not prose.
+MIN_DOCSTRING_CHARS = 20
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+
 HUB_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, with the terms of use of Common Crawl",
     "HuggingFaceFW/fineweb-edu": "ODC-By 1.0, with the terms of use of Common Crawl",
 }
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 
 
 class Corpus(NamedTuple):
-    """Two splits that can be read more than once, and where they come from."""
+    """A train and a validation split, and where they come from.
+
+    train, val  return the documents of the split, from the first one again at each call
+    source      names the files or the data set
+    revision    returns what makes the source exact: a commit, a version, or hashes of the files
+    licence     of the text, with the attribution that it asks for
+    """
 
     train: Callable[[], Iterable[str]]
     val: Callable[[], Iterable[str]]
     source: str
-    revision: Callable[[], str]  # what makes the source exact: a commit, a version, hashes of files
-    licence: str  # of the text, with what it wants said
+    revision: Callable[[], str]
+    licence: str
 
 
 def digest(text: str) -> bytes:
@@ -41,14 +50,18 @@ def digest(text: str) -> bytes:
 
 
 def framed(text: str) -> bytes:
-    """What the `text_sha256` of a manifest hashes for each document: 8 bytes with the length of its UTF-8, and that."""
+    """The bytes of one document that enter `text_sha256`: the length of its UTF-8 in 8 bytes, then its UTF-8."""
     raw = text.encode()
     return len(raw).to_bytes(8, "little") + raw
 
 
 def fingerprint(text: str) -> bytes:
-    """Equal for texts that differ only in blanks and in Unicode composition; to keep val documents out of train."""
-    return digest(" ".join(unicodedata.normalize("NFC", text).split()))
+    """The same for two texts that differ only in blanks or in Unicode composition.
+
+    It keeps copies of validation documents out of the train split.
+    """
+    words = unicodedata.normalize("NFC", text).split()
+    return digest(" ".join(words))
 
 
 def file_digest(path: Path) -> str:
@@ -60,18 +73,20 @@ def file_digest(path: Path) -> str:
 
 
 def jsonl_texts(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, text) of each line that is not blank."""
+    """(place, text) of each line that is not blank."""
     with path.open("rb") as file:
-        for number, line in enumerate(zst_lines(path, file) if path.suffix == ".zst" else file, start=1):
+        lines = zst_lines(path, file) if path.suffix == ".zst" else file
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} line {number} is not UTF-8 (byte {error.start}): convert it first") from None
             except (ValueError, RecursionError):
                 raise ValueError(f"{path} line {number} is not JSON: write one object per line") from None
-            yield f"{path} line {number}", record.get("text") if isinstance(record, dict) else None
+            text = row.get("text") if isinstance(row, dict) else None
+            yield f"{path} line {number}", text
 
 
 def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -80,13 +95,15 @@ def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     except ImportError:
         raise ValueError(f"{path} needs the zstandard package: pip install zstandard") from None
     try:
-        yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        # Parallel compressors write one frame after the other; without the option only the first would be read.
+        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        yield from io.BufferedReader(stream)
     except zstandard.ZstdError as error:
         raise ValueError(f"{path} is not zstandard data ({error}): fetch it again") from None
 
 
 def parquet_texts(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, text) of each row; reads only the column `text`."""
+    """(place, text) of each row. Reads only the column `text`."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -98,23 +115,32 @@ def parquet_texts(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not a parquet file ({error}): fetch it again") from None
     if "text" not in table.schema_arrow.names:
         raise ValueError(f"{path} has no column `text` among {table.schema_arrow.names}: rename the one that holds it")
-    rows = (text for batch in table.iter_batches(columns=["text"]) for text in batch.column(0).to_pylist())
-    yield from ((f"{path} row {row}", text) for row, text in enumerate(rows))
+
+    row = 0
+    for batch in table.iter_batches(columns=["text"]):
+        for text in batch.column(0).to_pylist():
+            yield f"{path} row {row}", text
+            row += 1
 
 
 def txt_texts(path: Path) -> Iterator[tuple[str, Any]]:
-    """The whole file as one document, its bytes untouched: text mode would rewrite line ends."""
+    """(place, text) of the whole file, which is one document."""
     try:
-        yield str(path), path.read_bytes().decode()
+        # read_text would rewrite the line ends.
+        text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+    yield str(path), text
 
 
 READERS = {".jsonl": jsonl_texts, ".jsonl.zst": jsonl_texts, ".parquet": parquet_texts, ".txt": txt_texts}
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
-    """The reader for the suffix of an existing file; errors come before the work, not after an hour of it."""
+    """The function that reads a file with this suffix.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if no function reads it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file: check the path")
     for suffix, reader in READERS.items():
@@ -123,33 +149,48 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
     raise ValueError(f"{path} has an unknown suffix: use one of {', '.join(READERS)}")
 
 
-def checked_text(where: str, text: Any) -> str:
-    """The document, if it is one. Raises ValueError that says where it stands otherwise."""
+def checked_text(place: str, text: Any) -> str:
+    """Return `text` if it is Unicode text; otherwise raise ValueError, naming its place."""
     if not isinstance(text, str):
-        raise ValueError(f"{where} has no string `text`: store the document under that key")
-    if re.search("[\ud800-\udfff]", text):  # JSON can spell half a surrogate pair, UTF-8 cannot
-        raise ValueError(f"{where} holds half a surrogate pair, which is not Unicode text: remove it")
+        raise ValueError(f"{place} has no string `text`: store the document under that key")
+    # JSON can spell half a surrogate pair, UTF-8 cannot.
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{place} holds half a surrogate pair, which is not Unicode text: remove it")
     return text
 
 
 def read_documents(paths: list[Path]) -> Iterator[str]:
-    """The documents of the files, in order. Raises ValueError, naming file and line, for anything unreadable."""
+    """The documents of the files, in order. Raises ValueError, naming file and line, for what cannot be read."""
     for path in paths:
-        yield from (checked_text(where, text) for where, text in reader_of(path)(path))
+        read = reader_of(path)
+        for place, text in read(path):
+            yield checked_text(place, text)
 
 
 def file_corpus(
     inputs: list[Path], val: list[Path], val_docs: int, max_docs: int | None = None, licence: str = ""
 ) -> Corpus:
-    """Documents of `inputs`, at most `max_docs`; of `val`, or the first `val_docs` of the input, for validation."""
-    for path in [*inputs, *val]:
+    """The first `max_docs` documents of `inputs`, or all of them if it is None.
+
+    The validation split is the documents of `val`; if `val` is empty, the first `val_docs` documents of `inputs`.
+    """
+    files = [*inputs, *val]
+    for path in files:
+        # A wrong name should be an error now, not after an hour of work on the files before it.
         reader_of(path)
-    skip = 0 if val else val_docs
+
+    def read_train() -> Iterator[str]:
+        n_held_out = 0 if val else val_docs
+        return islice(read_documents(inputs), n_held_out, max_docs)
+
+    def read_val() -> Iterator[str]:
+        return read_documents(val) if val else islice(read_documents(inputs), val_docs)
+
     return Corpus(
-        train=lambda: islice(read_documents(inputs), skip, max_docs),
-        val=lambda: read_documents(val) if val else islice(read_documents(inputs), skip),
-        source=", ".join(path.name for path in [*inputs, *val]),
-        revision=lambda: ", ".join(f"sha256:{file_digest(path)}" for path in [*inputs, *val]),
+        train=read_train,
+        val=read_val,
+        source=", ".join(path.name for path in files),
+        revision=lambda: ", ".join(f"sha256:{file_digest(path)}" for path in files),
         licence=licence or "unknown",
     )
 
@@ -162,30 +203,35 @@ def hub_corpus(
 ) -> Corpus:
     """The train split of a data set on the Hub, streamed; the first `val_docs` documents are for validation.
 
-    The revision is resolved to a commit once, so that every pass over the documents reads the same.
+    `revision` is resolved to a commit here, so that every pass over the documents reads the same ones.
     """
     try:
         load_dataset = importlib.import_module("datasets").load_dataset
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError
-    except (ImportError, AttributeError):  # without the package, `datasets` may be found as the folder data/datasets
+    except (ImportError, AttributeError):
+        # The attribute is missing where Python took the folder data/datasets for the package.
         raise ValueError("--hub needs the datasets package: pip install datasets") from None
+
     api = HfApi()
 
     def unreadable(error: Exception) -> OSError:
         return OSError(f"{repo} cannot be read from {api.endpoint}: {' '.join(str(error).split())}")
 
-    def read() -> Iterator[str]:
-        try:
-            rows = load_dataset(repo, config, split="train", revision=info.sha, streaming=True)
-            yield from (checked_text(f"{repo} row {row}", record.get("text")) for row, record in enumerate(rows))
-        except HTTPError as error:  # after the attempts of the library itself
-            raise unreadable(error) from None
-
     try:
         info = api.dataset_info(repo, revision=revision)
     except HTTPError as error:
         raise unreadable(error) from None
+
+    def read() -> Iterator[str]:
+        try:
+            rows = load_dataset(repo, config, split="train", revision=info.sha, streaming=True)
+            for number, row in enumerate(rows):
+                yield checked_text(f"{repo} row {number}", row.get("text"))
+        except HTTPError as error:
+            # The library has already tried several times.
+            raise unreadable(error) from None
+
     licence = licence or HUB_LICENCES.get(repo) or getattr(info.card_data, "license", None) or "unknown"
     return Corpus(
         train=lambda: islice(read(), val_docs, max_docs),
@@ -202,44 +248,51 @@ def hub_corpus(
 def module_docstrings(source: bytes) -> str:
     """Docstrings of a module, its classes and functions in the order of the file, joined by blank lines."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # old escapes in the sources of others
+        # Sources of others may hold escapes that Python now warns about.
+        with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
     except SyntaxError:
         return ""
+
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    texts = [ast.get_docstring(node) or "" for node in nodes]  # dedented by inspect.cleandoc
+    texts = [ast.get_docstring(node) or "" for node in nodes]
     return "\n\n".join(text for text in texts if len(text) >= MIN_DOCSTRING_CHARS)
 
 
 def embedded_documents() -> list[str]:
-    """English prose of the running Python: its language topics and its modules' docstrings, without duplicates.
+    """English prose of the running Python: its help topics and the docstrings of its modules, without duplicates.
 
     The modules are parsed, never imported. The text differs between Python versions; the manifest names the version.
     """
     documents = []
     try:
         from pydoc_data.topics import topics
-
-        documents = [topics[name] for name in sorted(topics)]
     except ImportError:
         print("pydoc_data.topics is not part of this Python: using docstrings alone")
+    else:
+        documents = [topics[name] for name in sorted(topics)]
+
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
         if not SKIPPED_FOLDERS.intersection(path.relative_to(stdlib).parts):
             documents.append(module_docstrings(path.read_bytes()))
+
+    # A dict keeps the first of equal documents, in order.
     return list(dict.fromkeys(text for text in documents if text.strip()))
 
 
 def embedded_corpus() -> Corpus:
-    """Order the documents by sha256 of their text; the first VAL_SHARE of the bytes are the validation split.
+    """The documents ordered by the sha256 of their text; the first VAL_SHARE of the bytes are the validation split.
 
-    The order is as good as random, the same on every machine, and a document never changes sides alone.
+    This order is as good as random and the same on every machine.
     """
     documents = sorted(embedded_documents(), key=digest)
     if not documents:
         raise ValueError(f"{sysconfig.get_path('stdlib')} holds no Python sources: name your own text with --input")
+
+    # The document that crosses the limit is the last one of the validation split.
     ends = list(accumulate(len(text.encode()) for text in documents))
     n_val = 1 + sum(end < VAL_SHARE * ends[-1] for end in ends)
     return Corpus(

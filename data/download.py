@@ -4,14 +4,15 @@
     python data/download.py --list                               # the variants and sizes that the repository has
     python data/download.py --variant sp1024 --offline           # no network: verify what is here
 
-A call that was cut, by kill -9 too, is continued by the next one. Under --out (default: the folder of this script) it
-writes, in the layout of the repository below its root,
+A download that was interrupted, even by kill -9, is continued when the same command runs again. The script writes to
+--out, by default the folder that it is in, with the layout that the repository has below its root:
 
     datasets/NAME/fineweb_{train,val}_%06d.bin   shards (data/shards.py), and byte sidecars where they are published
     datasets/NAME/manifest.json                  what was fetched from where; written last, absent while files change
-    tokenizers/*, manifest.json                  the variant's tokenizer, the repository's list of its data sets
+    tokenizers/*                                 the tokenizer of the variant
+    manifest.json                                the repository's list of its data sets
     docs_selected.*                              with --with-docs: the documents behind the shards
-    .download/                                   half files, and what was hashed when
+    .download/                                   half files, and a note of which files were hashed when
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from documents import file_digest
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # the base of what is raised by the HTTP library below, whichever that is
+    HTTPError,  # the base class of what the HTTP library raises, whichever library that is
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get  # hf_hub_download drops a half file when its process ends
+from huggingface_hub.file_download import http_get  # hf_hub_download would drop a half file when its process ends
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from shards import HEADER_BYTES, read_shard, write_whole
@@ -52,17 +53,24 @@ REPO_ID = "willdepueoai/parameter-golf"
 LICENCES = {REPO_ID: "FineWeb, ODC-By 1.0"}
 DEFAULT_TRAIN_SHARDS = 80  # as in the published script
 DOCS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
+
+# The files of a repository that this script knows.
 SHARD_PATH = re.compile(r"datasets/\w[\w.-]*/fineweb_(?P<split>train|val|val_bytes)_[0-9]{6}\.bin")
-OTHER_PATH = re.compile(r"manifest\.json|docs_selected\.[\w.]+|tokenizers/\w[\w.-]*|datasets/\w[\w.-]*/manifest\.json")
-ATTEMPTS = 7  # at a request, while the fault may pass
-BACKOFF_SECONDS = 0.5  # at most, before the second attempt; doubles from there
-LOSSY_PROBES = ("a  b\n", " a", "\uff21\u00bd\ufb01")  # folded blanks, a leading one, NFKC
-DEFAULT_BOS = 1  # where the tokenizer is not a SentencePiece model
+OTHER_PATH = re.compile(r"manifest\.json|docs_selected\.[\w.]+|tokenizers/\w[\w.-]*")
+
+# A request is repeated while its fault may pass. The pauses double, starting from at most BACKOFF_SECONDS.
+ATTEMPTS = 7
+BACKOFF_SECONDS = 0.5
+
+# A tokenizer is lossy if one of these does not come back: it folds blanks, drops a leading one, or applies NFKC.
+LOSSY_PROBES = ("a  b\n", " a", "\uff21\u00bd\ufb01")
+# The BOS of a tokenizer that is not a SentencePiece model.
+DEFAULT_BOS = 1
 T = TypeVar("T")
 
 
 class Source(NamedTuple):
-    """Where files come from. `revision` is a commit, so that all of them belong together."""
+    """Where files come from. The revision is a commit, so that all files belong together."""
 
     repo: str
     root: str
@@ -73,15 +81,23 @@ class Source(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A published file: its path below the root, the same as here, and what its bytes must be."""
+    """A published file and what its bytes must be.
+
+    path    below the root of the repository, and below --out
+    digest  "sha256:<hex>", or for a small file "git:<hex>", which is the sha1 of a git blob
+    """
 
     path: str
     size: int
-    digest: str  # "sha256:<hex>", or "git:<hex>", the sha1 of a git blob, for a small file
+    digest: str
 
     @property
     def name(self) -> str:
         return Path(self.path).name
+
+    @property
+    def digest_kind(self) -> str:
+        return self.digest.partition(":")[0]
 
     @property
     def split(self) -> str:
@@ -91,20 +107,20 @@ class Item(NamedTuple):
 
     @property
     def dataset(self) -> str:
-        """The name of a shard's data set, "" for other files."""
+        """The data set that a shard belongs to, "" for other files."""
         return self.path.split("/")[1] if self.split else ""
 
 
 def human(n_bytes: int) -> str:
-    """A size in decimal units."""
+    """The size in MB or GB, in decimal units."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
 
 
-# --- Files here ---
+# --- Local files ---
 
 
 def item_digest(path: Path, kind: str) -> str:
-    """The digest of a file as an Item has it; `kind` is sha256 or git."""
+    """The digest of a file as an Item states it. The kind is sha256 or git."""
     if kind == "sha256":
         return f"sha256:{file_digest(path)}"
     content = path.read_bytes()
@@ -113,51 +129,62 @@ def item_digest(path: Path, kind: str) -> str:
 
 
 class Store:
-    """The folder that holds the files, with a memory of what was hashed: path -> [size, mtime_ns, digest]."""
+    """The folder that holds the files.
+
+    stamps  path -> [size, mtime_ns, digest] of the file when it was last hashed; kept in a file between calls
+    """
 
     def __init__(self, out: Path, rehash: bool) -> None:
-        self.out, self.rehash = out, rehash
+        self.out = out
+        self.rehash = rehash
         self.work = out / ".download"
-        stamps = read_json(self.work / "state.json").items()  # without it everything is hashed again
-        self.seen = {path: stamp for path, stamp in stamps if isinstance(stamp, list) and len(stamp) == 3}
+        # If the file is lost or damaged, everything is hashed again.
+        stamps = read_json(self.work / "state.json")
+        self.stamps = {path: stamp for path, stamp in stamps.items() if isinstance(stamp, list) and len(stamp) == 3}
 
     def part(self, item: Item) -> Path:
-        """Where the first bytes of `item` lie: named by the content, so that no other content continues them."""
+        """The half file of an item. It is named after the content, so that no other content is appended to it."""
         return self.work / f"{item.digest.replace(':', '-')}.part"
 
     def holds(self, item: Item) -> bool:
-        """Whether the file is here, whole and unchanged. Hashes it unless that was done since it was last written."""
+        """Whether the file is here, whole and unchanged. Hashes it, unless that was done since it was last written."""
         path = self.out / item.path
         if not path.is_file():
             return False
+
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, item.digest]
-        if self.seen.get(item.path) == stamp and not self.rehash:
+        if self.stamps.get(item.path) == stamp and not self.rehash:
             return True
-        if stat.st_size != item.size or item_digest(path, item.digest.partition(":")[0]) != item.digest:
+        if stat.st_size != item.size or item_digest(path, item.digest_kind) != item.digest:
             return False
-        self.seen[item.path] = stamp
+        self.stamps[item.path] = stamp
         return True
 
     def adopt(self, item: Item) -> None:
-        """Give the verified part of `item` its final name."""
-        part, path = self.part(item), self.out / item.path
+        """Give the finished and verified half file of an item its final name."""
+        part = self.part(item)
+        path = self.out / item.path
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+            # Without this, a power cut may leave the name without the content.
+            os.fsync(file.fileno())
         if item.split:
+            # The manifest does not describe the new shard.
             (path.parent / "manifest.json").unlink(missing_ok=True)
         os.replace(part, path)
+
         stat = path.stat()
-        self.seen[item.path] = [stat.st_size, stat.st_mtime_ns, item.digest]
+        self.stamps[item.path] = [stat.st_size, stat.st_mtime_ns, item.digest]
 
     def save(self) -> None:
-        seen = dict(self.seen)  # a copy: threads write to the original
-        write_whole(self.work / "state.json", json.dumps(seen, indent=0).encode())
+        # Threads may add to the original while it is written.
+        stamps = dict(self.stamps)
+        write_whole(self.work / "state.json", json.dumps(stamps, indent=0).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is none."""
+    """The JSON object in a file, or {} if there is no such file or no object in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -169,45 +196,54 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another attempt may help: not after a refusal of the server, a fault of this disk or HF_HUB_OFFLINE=1."""
+    """Whether another attempt may help: not if the server refuses, the disk is at fault or HF_HUB_OFFLINE=1."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    of_network = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) is None
-    return of_network and not isinstance(error, OfflineModeIsEnabled)
+        status = error.response.status_code
+        return status in (408, 429) or status >= 500
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # Errors of the disk have a number; those of the HTTP library have none.
+    return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) is None
 
 
 def with_retries(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again after transient faults, with growing pauses. Raises an OSError of one sentence about `what`."""
-    for attempt in range(ATTEMPTS):
+    """Return `call()`, repeating it after faults that may pass. Raises OSError, in one sentence about `what`."""
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            remedy = "check --repo and --revision, or set HF_TOKEN"
-            raise OSError(f"{what} does not exist or is not public: {remedy}") from error
+            raise OSError(
+                f"{what} does not exist or is not public: check --repo and --revision, or set HF_TOKEN"
+            ) from error
         except (HTTPError, OSError) as error:
-            transient = is_transient(error)
-            if transient and attempt + 1 < ATTEMPTS:
-                time.sleep(BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1))  # not all threads at once
-                continue
-            fault = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
-            remedy = "run the same command again to continue" if transient else "remove the cause and run it again"
-            raise OSError(f"{what} could not be fetched ({fault}): {remedy}") from error
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+            if not is_transient(error):
+                raise OSError(f"{what} could not be fetched ({reason}): remove the cause and run it again") from error
+            if attempt == ATTEMPTS:
+                raise OSError(
+                    f"{what} could not be fetched ({reason}): run the same command again to continue"
+                ) from error
+            # The pause is partly random, so that the threads do not all come back at the same moment.
+            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1))
     raise AssertionError("the last attempt returns or raises")
 
 
 def list_files(repo: str, root: str, revision: str) -> tuple[Source, dict[str, Item]]:
-    """The commit that `revision` names now, and the files of it that this script knows, by path below the root."""
-    api, what = HfApi(), f"the dataset repository {repo} at revision {revision}"
+    """The commit that `revision` names now, and those of its files that this script knows, by path below the root."""
+    api = HfApi()
+    what = f"the dataset repository {repo} at revision {revision}"
     sha = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha)
     if not sha:
         raise ValueError(f"{what} has no commit: check HF_ENDPOINT")
     tree = with_retries(what, lambda: [*api.list_repo_tree(repo, recursive=True, revision=sha, repo_type="dataset")])
+
     prefix = f"{root}/" if root else ""
     files = {}
     for entry in tree:
+        if not (isinstance(entry, RepoFile) and entry.path.startswith(prefix)):
+            continue
         path = entry.path.removeprefix(prefix)
-        known = SHARD_PATH.fullmatch(path) or OTHER_PATH.fullmatch(path)
-        if known and isinstance(entry, RepoFile) and entry.path.startswith(prefix):
+        if SHARD_PATH.fullmatch(path) or OTHER_PATH.fullmatch(path):
             digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
             files[path] = Item(path, entry.size, digest)
     return Source(repo, root, sha), files
@@ -226,53 +262,60 @@ class PartFile(io.BufferedWriter):
 
 
 def fetch(source: Source, item: Item, part: Path, bar: tqdm) -> None:
-    """Make `part` the whole, verified content of `item`, going on where an earlier call was cut."""
+    """Fetch the item into the half file `part` and verify it, going on from what the half file already holds."""
     remote = f"{source.root}/{item.path}" if source.root else item.path
     url = hf_hub_url(source.repo, remote, repo_type="dataset", revision=source.revision)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
 
-    def discard() -> None:
+    def discard_part() -> None:
         bar.update(-part.stat().st_size)
         part.unlink()
 
     def continue_part() -> None:
         with PartFile(part, bar) as file:
-            size = file.tell()
-            if size < item.size:
-                http_get(url, file, resume_size=size, headers=headers)
-        size = part.stat().st_size
-        if size > item.size:
-            discard()
-        if size != item.size:
-            raise OSError(f"{size} of {item.size} bytes arrived")
+            n_present = file.tell()
+            if n_present < item.size:
+                http_get(url, file, resume_size=n_present, headers=headers)
 
-    for _ in range(2):  # the first content may be what became of the part of an earlier call
+        n_present = part.stat().st_size
+        if n_present > item.size:
+            discard_part()
+        if n_present != item.size:
+            raise OSError(f"{n_present} of {item.size} bytes arrived")
+
+    # The half file of an earlier call may have been damaged since, so wrong content gets a second chance.
+    for _ in range(2):
         with_retries(f"{remote} of {source.repo}", continue_part)
-        digest = item_digest(part, item.digest.partition(":")[0])
+        digest = item_digest(part, item.digest_kind)
         if digest == item.digest:
             return
-        discard()
+        discard_part()
     raise ValueError(f"{remote} of {source.repo} arrived as {digest}, not {item.digest}: try later or elsewhere")
 
 
 def bring(store: Store, source: Source, items: list[Item], jobs: int) -> None:
     """Fetch, in parallel, those of `items` that are not here, whole and unchanged.
 
-    After a failure the files under way are finished and no other is begun. Raises OSError before the first byte if the
-    disk has no room for the last one.
+    If one fails, those under way are finished and no other is begun. Raises OSError before anything is fetched if the
+    disk has no room for all of it.
     """
-    pool = ThreadPoolExecutor(jobs)  # not as a context: after Ctrl-C that would wait for the network
-    held = tqdm(pool.map(store.holds, items), "verify", len(items), unit=" files", disable=None, leave=False)
-    missing = [item for item, is_here in zip(items, held, strict=True) if not is_here]
-    total = sum(item.size for item in missing)
-    begun = sum(part.stat().st_size for part in map(store.part, missing) if part.exists())
+    # Not in a `with` statement, which would wait for the network after Ctrl-C.
+    pool = ThreadPoolExecutor(jobs)
+    checks = tqdm(pool.map(store.holds, items), "verify", len(items), unit=" files", disable=None, leave=False)
+    missing = [item for item, is_here in zip(items, checks, strict=True) if not is_here]
     store.save()
-    free = shutil.disk_usage(store.work).free
-    if total - begun > free:
-        need = f"{len(missing)} files need {human(total - begun)} more"
-        remedy = "make room, choose another --out or lower --train-shards"
-        raise OSError(f"--out={store.out} has {human(free)} free, but {need}: {remedy}")
-    with tqdm(total=total, initial=begun, desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
+
+    n_bytes = sum(item.size for item in missing)
+    parts = [store.part(item) for item in missing]
+    n_present = sum(part.stat().st_size for part in parts if part.exists())
+    n_free = shutil.disk_usage(store.work).free
+    if n_bytes - n_present > n_free:
+        raise OSError(
+            f"--out={store.out} has {human(n_free)} free, but {len(missing)} files need {human(n_bytes - n_present)} "
+            "more: make room, choose another --out or lower --train-shards"
+        )
+
+    with tqdm(total=n_bytes, initial=n_present, desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
 
         def bring_one(item: Item) -> None:
             fetch(source, item, store.part(item), bar)
@@ -280,7 +323,8 @@ def bring(store: Store, source: Source, items: list[Item], jobs: int) -> None:
 
         try:
             for future in as_completed([pool.submit(bring_one, item) for item in missing]):
-                future.result()  # raises what the thread raised
+                # This raises what the thread raised.
+                future.result()
                 store.save()
         except Exception:
             pool.shutdown(cancel_futures=True)
@@ -298,150 +342,181 @@ def short_name(dataset: str) -> str:
     return dataset.partition("_")[2] or dataset
 
 
-def find_dataset(variant: str, names: set[str], where: str) -> str:
-    """The data set that `variant` names, in full or without its first word. Raises ValueError that lists the names."""
-    found = names & {variant} or {name for name in names if short_name(name) == variant}
-    if len(found) == 1:
-        return found.pop()
-    fault = "names several data sets of" if found else "is not in"
-    known = ", ".join(sorted(found or map(short_name, names))) or "nothing"
-    raise ValueError(f"--variant={variant!r} {fault} {where}: choose from what is there, {known}")
+def find_dataset(variant: str, names: set[str], place: str) -> str:
+    """The data set that `variant` names, in full or by its short name. Raises ValueError that lists the names."""
+    if variant in names:
+        return variant
+    found = {name for name in names if short_name(name) == variant}
+    if not found:
+        known = ", ".join(sorted(map(short_name, names))) or "nothing"
+        raise ValueError(f"--variant={variant!r} is not in {place}: choose from what is there, {known}")
+    if len(found) > 1:
+        raise ValueError(
+            f"--variant={variant!r} names several data sets of {place}: choose from what is there, "
+            f"{', '.join(sorted(found))}"
+        )
+    return found.pop()
 
 
 def choose_shards(files: dict[str, Item], dataset: str, n_train: int | None, folder: Path) -> list[Item]:
-    """The validation split, the first `n_train` train shards (None: as published) and those that are here already.
+    """The validation split and the first `n_train` train shards; if it is None, as many as the published script takes.
 
-    The last because training reads every shard in the folder; so one that the repository lacks is an error.
+    Training reads every shard in `folder`. So train shards that are already there are chosen too, and a shard there
+    that the repository does not have is an error.
     """
-    shards = {item.name: item for path, item in sorted(files.items()) if item.dataset == dataset}
+    shards = {item.name: item for _, item in sorted(files.items()) if item.dataset == dataset}
     train = [name for name, item in shards.items() if item.split == "train"]
-    if n_train is not None and not 0 <= n_train <= len(train):
+    if n_train is None:
+        n_train = min(DEFAULT_TRAIN_SHARDS, len(train))
+    if not 0 <= n_train <= len(train):
         raise ValueError(f"--train-shards={n_train} must be in 0..{len(train)}: {dataset} has no more")
-    wanted = train[: DEFAULT_TRAIN_SHARDS if n_train is None else n_train]
-    for number, name in enumerate(wanted):
+
+    chosen = train[:n_train]
+    for number, name in enumerate(chosen):
         if name != f"fineweb_train_{number:06d}.bin":
             raise ValueError(f"{dataset} has no fineweb_train_{number:06d}.bin: ask for --train-shards {number}")
-    here = {path.name for path in folder.glob("fineweb_*.bin")}
-    for name in sorted(here - set(shards)):
-        raise ValueError(f"{folder / name} is not of this data set, but training would read it: move it away")
-    more = here & set(train) - set(wanted)
-    if more:
-        print(f"note: training also reads the {len(more)} more train shards in {folder}: move them away to use fewer")
-    return [item for name, item in shards.items() if item.split != "train" or name in {*wanted, *more}]
+
+    present = {path.name for path in folder.glob("fineweb_*.bin")}
+    foreign = sorted(present - set(shards))
+    if foreign:
+        raise ValueError(f"{folder / foreign[0]} is not of this data set, but training would read it: move it away")
+    extra = present & (set(train) - set(chosen))
+    if extra:
+        print(f"note: training also reads the {len(extra)} more train shards in {folder}: move them away to use fewer")
+
+    return [item for name, item in shards.items() if item.split != "train" or name in chosen or name in extra]
 
 
 def choose_tokenizer(files: dict[str, Item], dataset: str, named: set[str]) -> list[Item]:
-    """The tokenizer's files: those that a manifest names, else those with the vocabulary size of its name."""
-    available = {path: Path(path).stem for path in sorted(files) if path.startswith("tokenizers/")}
-    stems = {Path(name).stem for name in named} & set(available.values())
+    """The files of the tokenizer: those in `named`, or else those with the vocabulary size that the data set names.
+
+    A tokenizer may have several files that differ in their suffix only.
+    """
+    stem_of = {path: Path(path).stem for path in sorted(files) if path.startswith("tokenizers/")}
+    stems = {Path(name).stem for name in named} & set(stem_of.values())
     size = re.search(r"_(?:sp|byte)([0-9]+)", dataset)
     if size and not stems:
-        stems = {stem for stem in available.values() if re.search(rf"_{size[1]}(_|$)", stem)}
-        stems = stems & {f"fineweb_{size[1]}_bpe"} or stems
+        stems = {stem for stem in stem_of.values() if re.search(rf"_{size[1]}(_|$)", stem)}
+        usual_name = f"fineweb_{size[1]}_bpe"
+        if usual_name in stems:
+            stems = {usual_name}
     if len(stems) != 1:
-        raise ValueError(f"{dataset} needs one tokenizer: a manifest must say which of {list(available)} it is")
-    return [files[path] for path, stem in available.items() if stem in stems]
+        raise ValueError(f"{dataset} needs one tokenizer: a manifest must say which of {list(stem_of)} it is")
+    return [files[path] for path, stem in stem_of.items() if stem in stems]
 
 
 def named_tokenizer(catalog: dict[str, Any], dataset: str) -> set[str]:
-    """The tokenizer's files by the repository's own manifest; empty where it is silent or has another shape."""
+    """The files of the tokenizer according to the repository's list of its data sets.
 
-    def entry(kind: str, name: Any) -> dict[str, Any]:
+    Empty if the list does not say, or has another shape than the published one.
+    """
+
+    def find_entry(kind: str, name: Any) -> dict[str, Any]:
         entries = catalog.get(kind)
-        entries = entries if isinstance(entries, list) else []
-        return next((entry for entry in entries if isinstance(entry, dict) and entry.get("name") == name), {})
+        if isinstance(entries, list):
+            for entry in entries:
+                if isinstance(entry, dict) and entry.get("name") == name:
+                    return entry
+        return {}
 
-    tokenizer = entry("tokenizers", entry("datasets", dataset).get("tokenizer_name"))
+    tokenizer = find_entry("tokenizers", find_entry("datasets", dataset).get("tokenizer_name"))
     return {Path(str(tokenizer[key])).name for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)}
 
 
 def choose_files(args: argparse.Namespace, files: dict[str, Item], dataset: str, named: set[str]) -> list[Item]:
     """All files that the arguments ask for."""
     shards = choose_shards(files, dataset, args.train_shards, args.out / "datasets" / dataset)
-    absent = [path for path in DOCS if args.with_docs and path not in files]
+    tokenizer = choose_tokenizer(files, dataset, named)
+    if not args.with_docs:
+        return shards + tokenizer
+
+    absent = [path for path in DOCS if path not in files]
     if absent:
         raise ValueError(f"--with-docs needs {' and '.join(absent)}, which the repository lacks: leave it out")
-    return shards + choose_tokenizer(files, dataset, named) + [files[path] for path in DOCS if args.with_docs]
+    return shards + tokenizer + [files[path] for path in DOCS]
 
 
 # --- Manifest ---
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of one data set in the format of data/README.md; {} where there is none."""
+    """The manifest of one data set, in the format of data/README.md. Raises ValueError if it is not one."""
     manifest = read_json(path)
     try:
-        files = [dict(manifest["splits"][split]["files"]) for split in ("train", "val")]
-        whole = manifest["format"] == 1 and files[1] and all(manifest["tokenizer"][key] for key in ("file", "sha256"))
+        files = {split: dict(manifest["splits"][split]["files"]) for split in ("train", "val")}
+        tokenizer = manifest["tokenizer"]
+        is_complete = manifest["format"] == 1 and files["val"] and tokenizer["file"] and tokenizer["sha256"]
     except (KeyError, TypeError, ValueError):
-        return {}
-    return manifest if whole else {}
+        is_complete = False
+    if not is_complete:
+        raise ValueError(f"{path} is not a manifest of format 1: run again without --offline")
+    return manifest
 
 
 def tokenizer_path(items: list[Item]) -> str:
-    """Of the tokenizer's files the one that encodes, not its .vocab."""
-    paths = (item.path for item in items if item.path.startswith("tokenizers/"))
+    """The file of the tokenizer that encodes, which is not its .vocab."""
+    paths = [item.path for item in items if item.path.startswith("tokenizers/")]
     return min(paths, key=lambda path: path.endswith(".vocab"))
 
 
 def describe_tokenizer(path: Path) -> tuple[dict[str, Any], int]:
     """The entry of a tokenizer in a manifest, and its BOS.
 
-    A text that does not come back proves it lossy; only the documents, which are not here, could prove the contrary.
+    A text that does not come back proves that it is lossy. That it is lossless could be proved on the documents only,
+    and these are not here.
     """
     entry: dict[str, Any] = {"file": path.name, "sha256": file_digest(path)}
     if path.suffix != ".model":
         vocab_size = read_json(path).get("vocab_size", "unknown")
         return {**entry, "vocab_size": vocab_size, "lossless": "unknown"}, DEFAULT_BOS
+
     sp = spm.SentencePieceProcessor(model_proto=path.read_bytes())
-    lossy = any(sp.decode(sp.encode(text)) != text for text in LOSSY_PROBES)
-    return {**entry, "vocab_size": sp.get_piece_size(), "lossless": False if lossy else "unknown"}, sp.bos_id()
+    is_lossy = any(sp.decode(sp.encode(text)) != text for text in LOSSY_PROBES)
+    return {**entry, "vocab_size": sp.get_piece_size(), "lossless": False if is_lossy else "unknown"}, sp.bos_id()
 
 
-def describe_split(
-    folder: Path, files: dict[str, str], bos_id: int | None, published: dict[str, Any]
-) -> dict[str, Any]:
-    """The entry of a split in a manifest, with what the repository's own one says of the same files.
+def describe_split(folder: Path, files: dict[str, str], bos_id: int | None) -> dict[str, Any]:
+    """The entry of a split in a manifest. Documents are counted if `bos_id` is given.
 
-    Documents are counted where `bos_id` is given. Raises ValueError for a file that is no shard or contradicts it.
+    Raises ValueError for a file that is not a shard.
     """
-    theirs = published.get("files", files)
-    for name, sha256 in files.items():
-        if theirs.get(name) != sha256:
-            raise ValueError(f"{folder / name} contradicts the manifest of its repository: ask its owner to repair it")
     shards = [read_shard(folder / name) for name in files if "_bytes_" not in name]
-    entry: dict[str, Any] = dict.fromkeys(("documents", "tokens", "bytes", "text_sha256"), "unknown")
-    if bos_id is not None:
-        entry["documents"] = sum(int((shard == bos_id).sum()) for shard in shards)
-    known = published if theirs.keys() == files.keys() else {}
-    return {**entry, **known, "tokens": sum(shard.size for shard in shards), "files": files}
+    return {
+        "documents": "unknown" if bos_id is None else sum(int((shard == bos_id).sum()) for shard in shards),
+        "tokens": sum(shard.size for shard in shards),
+        "bytes": "unknown",
+        "text_sha256": "unknown",
+        "files": files,
+    }
 
 
-def write_manifest(store: Store, source: Source, dataset: str, items: list[Item], published: dict[str, Any]) -> None:
-    """Say what lies in the folder of a data set and where it comes from, in the format of data/README.md."""
+def write_manifest(store: Store, source: Source, dataset: str, items: list[Item]) -> None:
+    """Write what lies in the folder of a data set and where it comes from, in the format of data/README.md."""
     folder = store.out / "datasets" / dataset
     tokenizer, bos_id = describe_tokenizer(store.out / tokenizer_path(items))
-    if published and published["tokenizer"]["sha256"] != tokenizer["sha256"]:
-        raise ValueError(f"{tokenizer['file']} contradicts the manifest of {dataset}: ask the owner of {source.repo}")
-    splits = {}
-    for split in ("train", "val"):
-        files = {}
-        for item in items:
-            if item.split.startswith(split):
-                kind, _, sha256 = item.digest.partition(":")
-                files[item.name] = sha256 if kind == "sha256" else file_digest(folder / item.name)
-        theirs = published.get("splits", {}).get(split, {})
-        countable = bos_id if split == "val" else None  # train is too long to be read through
-        splits[split] = describe_split(folder, files, countable, theirs)
+
+    files: dict[str, dict[str, str]] = {"train": {}, "val": {}}
+    for item in items:
+        if item.split:
+            if item.digest_kind == "sha256":
+                sha256 = item.digest.removeprefix("sha256:")
+            else:
+                sha256 = file_digest(folder / item.name)
+            files[item.split.removesuffix("_bytes")][item.name] = sha256
+
     manifest = {
         "format": 1,
         "name": dataset,
         "source": f"Hugging Face dataset {source.repo}, folder {source.root!r}",
         "revision": source.revision,
-        "licence": LICENCES.get(source.repo) or published.get("licence", "unknown"),
+        "licence": LICENCES.get(source.repo, "unknown"),
         "tool": "data/download.py",
-        "tokenizer": {**tokenizer, **published.get("tokenizer", {})},
-        "splits": splits,
+        "tokenizer": tokenizer,
+        "splits": {
+            # Counting documents means reading all tokens, and the train split has too many for that.
+            "train": describe_split(folder, files["train"], None),
+            "val": describe_split(folder, files["val"], bos_id),
+        },
     }
     write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -450,80 +525,95 @@ def write_manifest(store: Store, source: Source, dataset: str, items: list[Item]
 
 
 def download(args: argparse.Namespace, store: Store) -> tuple[str, list[Item]]:
-    """Bring what is asked for to the state of the repository. -> the data set, its files"""
+    """Bring what the arguments ask for to the state of the repository. -> the data set, its files"""
     source, files = list_files(args.repo, args.root, args.revision)
     dataset = find_dataset(args.variant, {item.dataset for item in files.values()} - {""}, str(source))
+
     named: set[str] = set()
-    published: dict[str, Any] = {}
     if "manifest.json" in files and not args.skip_manifest:
         bring(store, source, [files["manifest.json"]], 1)
         named = named_tokenizer(read_json(args.out / "manifest.json"), dataset)
-    if own := files.get(f"datasets/{dataset}/manifest.json"):
-        with tqdm(disable=True) as bar:
-            fetch(source, own, store.part(own), bar)  # stays a part: ours takes its place
-        published = read_manifest(store.part(own))
-        named = {str(published["tokenizer"]["file"])} if published else named
+
     items = choose_files(args, files, dataset, named)
     bring(store, source, items, args.jobs)
-    write_manifest(store, source, dataset, items, published)
+    write_manifest(store, source, dataset, items)
+
+    # Half files of content that the repository has replaced will never be continued.
     for part in set(store.work.glob("*.part")) - {store.part(item) for item in files.values()}:
-        part.unlink()  # of a file that the repository has replaced
+        part.unlink()
     return dataset, items
 
 
 def check_offline(args: argparse.Namespace, store: Store) -> tuple[str, list[Item]]:
-    """Compare what is here with its manifest, and what that omits with what the Hub said. -> the data set, its files
+    """Compare what is here with the manifest of the data set. -> the data set, its files
 
-    Raises ValueError that names each file that is absent or changed.
+    Files that the manifest does not list, such as the documents, are compared with the digests that the Hub stated
+    when they were fetched. Raises ValueError that names each file that is absent or changed.
     """
     finished = {path.parent.name: path for path in args.out.glob("datasets/*/manifest.json")}
     dataset = find_dataset(args.variant, set(finished), f"the finished downloads of {args.out}")
     manifest = read_manifest(finished[dataset])
-    if not manifest:
-        raise ValueError(f"{finished[dataset]} is not a manifest of format 1: run again without --offline")
-    promised = {f"tokenizers/{manifest['tokenizer']['file']}": manifest["tokenizer"]["sha256"]}
+
+    listed = {f"tokenizers/{manifest['tokenizer']['file']}": manifest["tokenizer"]["sha256"]}
     for split in manifest["splits"].values():
-        promised |= {f"datasets/{dataset}/{name}": sha256 for name, sha256 in split["files"].items()}
-    files = {path: Item(path, size, digest) for path, (size, _, digest) in store.seen.items()}
-    for path, sha256 in promised.items():
+        for name, sha256 in split["files"].items():
+            listed[f"datasets/{dataset}/{name}"] = sha256
+
+    files = {path: Item(path, size, digest) for path, (size, _, digest) in store.stamps.items()}
+    for path, sha256 in listed.items():
         file = args.out / path
-        files[path] = Item(path, file.stat().st_size if file.exists() else 0, f"sha256:{sha256}")
+        # The manifest has no sizes, so the digest alone decides.
+        size = file.stat().st_size if file.exists() else 0
+        files[path] = Item(path, size, f"sha256:{sha256}")
+
     items = choose_files(args, files, dataset, {manifest["tokenizer"]["file"]})
     progress = tqdm(items, "verify", unit=" files", disable=None, leave=False)
     bad = [item.path for item in progress if not store.holds(item)]
-    with suppress(OSError):  # a folder that cannot be written can still be verified
+    # A folder that cannot be written can still be verified.
+    with suppress(OSError):
         store.save()
     if bad:
-        names = ", ".join(bad)
-        raise ValueError(f"{len(bad)} files in {args.out} are absent or changed: run without --offline to get {names}")
+        raise ValueError(
+            f"{len(bad)} files in {args.out} are absent or changed: run without --offline to get {', '.join(bad)}"
+        )
     return dataset, items
 
 
 def print_list(source: Source, files: dict[str, Item]) -> None:
-    """What the repository has, counted from its files: what a manifest promises may not be there."""
+    """Print what the repository has. It is counted from the files, since a manifest may promise others."""
     print(source)
     line = "{:<20} {:<32} {:>12} {:>15} {:>13} {:>12}".format
     print(line("variant", "data set", "train shards", "train tokens", "val tokens", "size"))
     for dataset in sorted({item.dataset for item in files.values()} - {""}):
         items = [item for item in files.values() if item.dataset == dataset]
-        train, val = ([item.size for item in items if item.split == split] for split in ("train", "val"))
-        tokens = [f"{sum(size - HEADER_BYTES for size in sizes) // 2:,}" for sizes in (train, val)]
-        print(line(short_name(dataset), dataset, len(train), *tokens, human(sum(item.size for item in items))))
-    print("tokenizers:", ", ".join(sorted(path.split("/")[1] for path in files if path.startswith("tokenizers/"))))
-    print("documents:", ", ".join(f"{path} ({human(files[path].size)})" for path in DOCS if path in files) or "none")
+        train = [item for item in items if item.split == "train"]
+        val = [item for item in items if item.split == "val"]
+        train_tokens = f"{count_tokens(train):,}"
+        val_tokens = f"{count_tokens(val):,}"
+        size = human(sum(item.size for item in items))
+        print(line(short_name(dataset), dataset, len(train), train_tokens, val_tokens, size))
+
+    tokenizers = sorted(path.split("/")[1] for path in files if path.startswith("tokenizers/"))
+    print("tokenizers:", ", ".join(tokenizers))
+    documents = [f"{path} ({human(files[path].size)})" for path in DOCS if path in files]
+    print("documents:", ", ".join(documents) or "none")
+
+
+def count_tokens(shards: list[Item]) -> int:
+    return sum(shard.size - HEADER_BYTES for shard in shards) // 2
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="sp1024", help="sp1024, byte260 ... or the full name of a data set")
     parser.add_argument("--train-shards", type=int, metavar="N", help=f"default: up to {DEFAULT_TRAIN_SHARDS}")
-    parser.add_argument("--with-docs", action="store_true", help="also the documents behind the shards")
+    parser.add_argument("--with-docs", action="store_true", help="also fetch the documents behind the shards")
     parser.add_argument("--skip-manifest", action="store_true", help="do without the repository's list of data sets")
     parser.add_argument("--list", action="store_true", help="show what the repository has and fetch nothing")
     parser.add_argument("--offline", action="store_true", help="verify what is here, without the network")
     parser.add_argument("--verify", action="store_true", help="hash every file, also if it looks unchanged")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
-    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="files at a time (default: 8)")
+    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="files fetched at a time (default: 8)")
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", REPO_ID)
     parser.add_argument("--repo", default=repo, help=f"default: MATCHED_FINEWEB_REPO_ID, else {REPO_ID}")
     root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
@@ -534,8 +624,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def download_locked(args: argparse.Namespace, store: Store) -> tuple[str, list[Item]]:
+    """As download, while no other process does the same in this folder."""
+    store.work.mkdir(parents=True, exist_ok=True)
+    (store.work / ".gitignore").write_text("*\n")
+    lock = WeakFileLock(store.work / "lock", timeout=0.1)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except TimeoutError:
+            raise OSError(f"another download writes to {args.out}: wait for it or end it") from None
+        return download(args, store)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments ask for and say where the result lies."""
+    """Do what the arguments ask for and print where the result lies."""
     if args.jobs < 1:
         raise ValueError(f"--jobs={args.jobs} must be 1 or more")
     if args.list and args.offline:
@@ -543,35 +646,28 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         print_list(*list_files(args.repo, args.root, args.revision))
         return
+
     store = Store(args.out, args.verify)
-    if args.offline:
-        dataset, items = check_offline(args, store)
-    else:
-        store.work.mkdir(parents=True, exist_ok=True)
-        (store.work / ".gitignore").write_text("*\n")
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(WeakFileLock(store.work / "lock", timeout=0.1))
-            except TimeoutError:
-                raise OSError(f"another download writes to {args.out}: wait for it or end it") from None
-            dataset, items = download(args, store)
-    folder = args.out / "datasets" / dataset
+    dataset, items = check_offline(args, store) if args.offline else download_locked(args, store)
+
     n_train = sum(item.split == "train" for item in items)
     print(f"verified: {len(items)} files, {human(sum(item.size for item in items))}, {n_train} train shards")
     print(f"tokenizer: {args.out / tokenizer_path(items)}")
-    print(f"dataset: {folder}")
+    print(f"dataset: {args.out / 'datasets' / dataset}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    disable_progress_bars()  # of huggingface_hub: one bar per file would hide ours
+    # huggingface_hub shows one bar per file, which would hide ours.
+    disable_progress_bars()
     try:
         run(args)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr, flush=True)
-        os._exit(130)  # sys.exit would wait for the threads, and these for the network
+        # sys.exit would wait for the threads, and they wait for the network.
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Reversible rewrites of a text before SentencePiece, undone after decoding. decode(encode(text)) == text, always.
+"""Rewrites of a text before SentencePiece that are undone after decoding: decode(encode(text)) == text for any text.
 
-    none      nothing
-    escape    U+2581, which SentencePiece would give back as a space, becomes U+E004 "s"; U+E004 becomes U+E004 U+E004
-    caseops   capitals become lower-case letters with an operator, so that "The", "THE" and "the" share pieces:
+    none      changes nothing
+    escape    U+2581 becomes U+E004 "s", because SentencePiece would give it back as a space
+              U+E004 becomes U+E004 U+E004
+    caseops   escapes the same way and writes capitals as lower-case letters with an operator,
+              so that "The", "THE" and "the" share pieces:
 
     The  -> U+E001 the          TITLE: the next letter is a capital
-    NASA -> U+E002 nasa         ALLCAPS: all letters up to the next character that is none
-    iPad -> i U+E003 pad        CAPNEXT: the next letter, inside a word
+    NASA -> U+E002 nasa         ALLCAPS: all letters up to the next character that is not a letter are capitals
+    iPad -> i U+E003 pad        CAPNEXT: the next letter, inside a word, is a capital
 
-Case operators touch runs of ASCII letters only. An operator in the source text is escaped by U+E004, and U+2581 as
-above. The operators and their rules are those of parameter-golf's CaseOps tokenizers (openai/parameter-golf, PR 1729),
-which have no escape for U+2581. Private-use characters are rare in text, so that an escape costs next to nothing.
+Only ASCII letters count as letters here. caseops writes U+E004 before an operator that is in the source text.
+The operators and their rules are those of parameter-golf's CaseOps tokenizers (openai/parameter-golf, PR 1729), which
+have no escape for U+2581. The operators are private-use characters, which are rare in text, so that escapes cost next
+to nothing.
 """
 
 from __future__ import annotations
@@ -26,16 +29,25 @@ SPACE_MARK = "\u2581"  # SentencePiece's spelling of a space
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 OPERATORS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
 
+# For `escape`: an escape with the character behind it, or a stray one.
 ESCAPED = re.compile(f"{ESCAPE}([{ESCAPE}s])|{ESCAPE}")
-CAPITALS = re.compile(f"([a-z]*[A-Z][A-Za-z]*)|[{OPERATORS}{SPACE_MARK}]")  # a run of letters matches as a whole
+# For `caseops`: a whole run of letters that holds a capital, or a character to escape.
+CAPITALS = re.compile(f"([a-z]*[A-Z][A-Za-z]*)|[{OPERATORS}{SPACE_MARK}]")
+# For `caseops`: an operator with what it acts on, or a stray one.
 OPERATED = re.compile(f"{ALLCAPS}([a-z]+)|[{TITLE}{CAPNEXT}]([a-z])|{ESCAPE}([{OPERATORS}s])|[{OPERATORS}]")
 
 
 class Transform(NamedTuple):
+    """One rewrite.
+
+    decode     undoes `encode`; raises ValueError for an operator with nothing to act on, which `encode` never writes
+    operators  the characters that `encode` adds and that stand for no source text
+    """
+
     name: str
     encode: Callable[[str], str]
-    decode: Callable[[str], str]  # ValueError for an operator with nothing to act on, which encode never writes
-    operators: str  # the characters that stand for no source text
+    decode: Callable[[str], str]
+    operators: str
 
 
 def escape(text: str) -> str:
@@ -44,9 +56,10 @@ def escape(text: str) -> str:
 
 def unescape(text: str) -> str:
     def literal(match: re.Match[str]) -> str:
-        if not match[1]:
+        escaped = match[1]
+        if not escaped:
             raise ValueError(f"the text has a stray U+E004 at character {match.start()}: it is no output of `escape`")
-        return SPACE_MARK if match[1] == "s" else match[1]
+        return SPACE_MARK if escaped == "s" else escaped
 
     return ESCAPED.sub(literal, text)
 
@@ -55,26 +68,31 @@ def lower_case(text: str) -> str:
     """Write the capitals of `text` as operators and lower-case letters."""
 
     def rewrite(match: re.Match[str]) -> str:
-        run = match[1]
-        if run is None:
+        letters = match[1]
+        if letters is None:
             return ESCAPE + ("s" if match[0] == SPACE_MARK else match[0])
-        if len(run) > 1 and run.isupper():
-            return ALLCAPS + run.lower()
-        first = TITLE + run[0].lower() if run[0].isupper() else run[0]
-        return first + re.sub("[A-Z]", lambda letter: CAPNEXT + letter[0].lower(), run[1:])
+        if len(letters) > 1 and letters.isupper():
+            return ALLCAPS + letters.lower()
+
+        first = TITLE + letters[0].lower() if letters[0].isupper() else letters[0]
+        return first + re.sub("[A-Z]", lambda capital: CAPNEXT + capital[0].lower(), letters[1:])
 
     return CAPITALS.sub(rewrite, text)
 
 
 def restore_case(text: str) -> str:
+    """The inverse of lower_case."""
+
     def rewrite(match: re.Match[str]) -> str:
-        letters, literal = match[1] or match[2], match[3]
-        if literal:
-            return SPACE_MARK if literal == "s" else literal
-        if not letters:
-            place = f"U+{ord(match[0]):04X} at character {match.start()}"
-            raise ValueError(f"the text has a stray {place}: it is no output of `caseops`")
-        return letters.upper()
+        letters = match[1] or match[2]
+        escaped = match[3]
+        if letters:
+            return letters.upper()
+        if escaped:
+            return SPACE_MARK if escaped == "s" else escaped
+        raise ValueError(
+            f"the text has a stray U+{ord(match[0]):04X} at character {match.start()}: it is no output of `caseops`"
+        )
 
     return OPERATED.sub(rewrite, text)
 
@@ -90,15 +108,16 @@ TRANSFORMS = {
 
 
 def source_offsets(transform: Transform, raw: bytes) -> npt.NDArray[np.int64]:
-    """Bytes of source text that stand before each byte of the transformed UTF-8 text `raw`. -> (len(raw) + 1,)
+    """How many bytes of source text stand before each byte of `raw`, the transformed text in UTF-8. -> (len(raw) + 1,)
 
-    An operator stands for nothing, the character that it escapes or changes for itself.
+    An operator stands for nothing; the character that it escapes or changes stands for itself.
     """
     widths = np.ones(len(raw), dtype=np.int64)
     if transform.operators:
         operator = b"|".join(char.encode() for char in transform.operators)
-        escaped = ESCAPE.encode() + b"(" + operator + b"|s)"  # the escaped character is a literal: step over it
-        for match in re.finditer(escaped + b"|" + operator, raw):
+        # The first alternative also steps over the escaped character, which may look like an operator but is text.
+        escape_pair = ESCAPE.encode() + b"(" + operator + b"|s)"
+        for match in re.finditer(escape_pair + b"|" + operator, raw):
             widths[match.start() : match.start() + len(ESCAPE.encode())] = 0
             if match[1] == b"s":
                 widths[match.end() - 1] = len(SPACE_MARK.encode())

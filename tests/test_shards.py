@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shards
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+import train_gpt
 
 TOKENS = [1, 0, 65535, 258]
 
@@ -87,6 +90,38 @@ def test_any_other_length_is_refused(tmp_path_factory: pytest.TempPathFactory, l
         shards.read_shard(path)
 
 
-def test_a_missing_shard_is_a_file_not_found_error(tmp_path: Path) -> None:
+def outcome(read: Callable[[Path], np.ndarray], path: Path) -> list[int] | str:
+    """The tokens, or that the file is refused."""
+    try:
+        return read(path).tolist()
+    except ValueError:
+        return "refused"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 65535), min_size=1, max_size=3),
+    changes=st.lists(st.tuples(st.integers(0, 12), st.sampled_from([0, 1, 2, 3, 255])), max_size=2),
+    length_change=st.sampled_from([0, 0, 0, 1, 2, -1, -2, -1000]),
+)
+def test_both_readers_read_and_refuse_the_same_files(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokens: list[int],
+    changes: list[tuple[int, int]],
+    length_change: int,
+) -> None:
+    """train_gpt.py has a reader of its own. Only the one of data/ accepts a shard without tokens."""
+    path = tmp_path_factory.mktemp("both") / "a.bin"
+    shards.write_shard(path, tokens)
+    data = bytearray(path.read_bytes())
+    for offset, value in changes:
+        data[offset] = value
+    path.write_bytes((data + bytes(8))[: len(data) + length_change])
+    assume(path.stat().st_size != shards.HEADER_BYTES)
+    assert outcome(train_gpt.read_shard, path) == outcome(shards.read_shard, path)
+
+
+@pytest.mark.parametrize("read", [shards.read_shard, train_gpt.read_shard])
+def test_a_missing_shard_is_a_file_not_found_error(tmp_path: Path, read: Callable[[Path], np.ndarray]) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.bin"):
-        shards.read_shard(tmp_path / "a.bin")
+        read(tmp_path / "a.bin")

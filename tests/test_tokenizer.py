@@ -1,10 +1,9 @@
-"""Tokenizers: every text comes back, every byte of it is counted once, and speed does not change a single token."""
+"""Tokenizers: every text comes back, every byte of it is counted once, and the cache does not change a single token."""
 
 from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -181,58 +180,61 @@ def test_byte260_ids_are_4_plus_byte(tokenizers: dict[str, Tokenizer], text: str
     assert tokenizers["bytes"].sp.get_piece_size() == 260
 
 
-@pytest.mark.parametrize(("kind", "name"), [("lossless", "escape"), ("caseops", "caseops"), ("bytes", "none")])
-def test_the_model_tells_its_transform(tokenizers: dict[str, Tokenizer], kind: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("lossless", "escape"),
+        ("caseops", "caseops"),
+        ("bytes", "none"),
+        pytest.param("published", "none", marks=needs_published),
+    ],
+)
+def test_the_transform_follows_from_the_model(tokenizers: dict[str, Tokenizer], kind: str, name: str) -> None:
     assert tokenizers[kind].transform.name == name
 
 
-@needs_published
-def test_a_published_model_gets_the_text_as_it_is(tokenizers: dict[str, Tokenizer]) -> None:
-    assert tokenizers["published"].transform.name == "none"
-
-
-# --- Speed ---
+# --- The cache of words ---
 
 
 def test_words_are_as_short_as_the_pieces_allow(tokenizers: dict[str, Tokenizer]) -> None:
     """A tokenizer with pieces like "mat." needs words that end at a space only."""
     sp = tokenizers["foreign punctuated"].sp
     assert any(re.fullmatch(r"\u2581?\w+[.):]+", sp.id_to_piece(i)) for i in range(300))
-    cached = tokenizers["foreign punctuated"].words
+    cached = tokenizers["foreign punctuated"].word_cache
     assert cached is not None
     assert cached.split("The mat. It") == ["The", " mat.", " It"]
-    cached = tokenizers["foreign caseops"].words
+    cached = tokenizers["foreign caseops"].word_cache
     assert cached is not None
     assert cached.split("The mat. It") == ["The", " mat", ".", " It"]
 
 
 @pytest.mark.parametrize("kind", KINDS + FOREIGN)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=texts)
 @example(text="  The  cat   ")
 @example(text="\u2581\u2581 a\u2581b \u2581")
 @example(text=" \u0301a \u0308 \u093f \u200b ")
 def test_cached_words_give_the_tokens_of_sentencepiece(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = tokenizers[kind]
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
 
 
 @needs_published
-@pytest.mark.parametrize("name", ["fineweb_1024_bpe", "fineweb_8192_bpe", "lossless", "caseops"])
+@pytest.mark.parametrize("name", ["fineweb_8192_bpe", "caseops"])
 def test_cached_words_give_the_tokens_of_sentencepiece_on_real_text(
     tokenizers: dict[str, Tokenizer], name: str
 ) -> None:
     path = SHARED / "tokenizers" / f"{name}.model"
     tokenizer = Tokenizer(path.read_bytes(), path) if path.exists() else tokenizers[name]
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     lines = (SHARED / "web-real" / "commoncrawl_misc.jsonl").open(encoding="utf-8")
     for text in (json.loads(line)["text"] for line in lines):
         assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
 
 
 def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
-    """Nor is one without byte fallback, where unknown neighbours become one token."""
+    """Neither is one without byte fallback, where unknown neighbours become one token."""
     for options in (
         {"split_by_whitespace": False, "byte_fallback": True},
         {"treat_whitespace_as_suffix": True, "byte_fallback": True},
@@ -240,34 +242,19 @@ def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
         {"byte_fallback": True, "model_type": "unigram"},
     ):
         tokenizer = foreign_tokenizer(**options)
-        assert tokenizer.words is None
+        assert tokenizer.word_cache is None
         assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_words_are_cached_one_by_one(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    """Spaces go with what is behind them, punctuation apart; a normalizing tokenizer folds them first."""
-    tokenizer = Tokenizer(tokenizers[kind].model, Path("toy.model"))
-    tokenizer.encode("The cat (sat) on  The cat's \u201cmat\u201d ")
-    assert tokenizer.words is not None
-    expected = {"The", " cat", " (", "sat", ")", " on", "'", "s", " \u201c", "mat", "\u201d"}
-    assert set(tokenizer.words) == expected | ({" The"} if kind == "published" else {"  The", " "})
 
 
 def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tk, "CACHED_WORDS", 5)
     monkeypatch.setattr(tk, "LONGEST_CACHED_WORD", 6)
     tokenizer = Tokenizer(tokenizers["lossless"].model, Path("toy.model"))
-    assert tokenizer.words is not None
+    assert tokenizer.word_cache is not None
     for text in DOCUMENTS:
         assert tokenizer.encode(text).tolist() == plain_encode(tokenizer, text)
-        assert len(tokenizer.words) <= 5
-        assert all(len(word) <= 6 for word in tokenizer.words)
-
-
-def test_a_tokenizer_travels_to_another_process(tokenizers: dict[str, Tokenizer]) -> None:
-    copy = pickle.loads(pickle.dumps(tokenizers["caseops"]))
-    assert copy.encode(SENTENCE).tolist() == tokenizers["caseops"].encode(SENTENCE).tolist()
+        assert len(tokenizer.word_cache) <= 5
+        assert all(len(word) <= 6 for word in tokenizer.word_cache)
 
 
 # --- Source bytes ---
@@ -325,11 +312,16 @@ def test_folded_bytes_count_for_a_token_beside_them(tokenizers: dict[str, Tokeni
 # --- The two accountings ---
 
 
-def both_accountings(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
-    """Bytes of a document by the sidecar, and by the published rule (train_gpt.piece_bytes)."""
-    ids, n_bytes = tokenizer.encode_with_bytes(text)
-    document = np.concatenate([[tokenizer.sp.bos_id()], ids]).astype(np.uint16)
-    return int(n_bytes.sum()), int(train_gpt.piece_bytes(tokenizer.sp, document).sum())
+def both_accountings(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int]:
+    """Bytes of the documents by the sidecar, and by the published rule (train_gpt.piece_bytes)."""
+    sidecar = 0
+    documents = []
+    for text in texts:
+        ids, n_bytes = tokenizer.encode_with_bytes(text)
+        sidecar += int(n_bytes.sum())
+        documents += [[tokenizer.sp.bos_id()], ids]
+    tokens = np.concatenate(documents).astype(np.uint16)
+    return sidecar, int(train_gpt.piece_bytes(tokenizer.sp, tokens).sum())
 
 
 @needs_published
@@ -353,8 +345,8 @@ def both_accountings(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
 def test_where_the_published_accounting_agrees_with_the_sidecar(
     tokenizers: dict[str, Tokenizer], text: str, surplus: int
 ) -> None:
-    """The published rule counts the bytes of the normalised text; `surplus` is what it misses of the source."""
-    sidecar, pieces = both_accountings(tokenizers["published"], text)
+    """The published rule counts the bytes of the normalized text; `surplus` is what it misses of the source."""
+    sidecar, pieces = both_accountings(tokenizers["published"], [text])
     assert sidecar == (len(text.encode()) if pieces else 0)
     assert len(text.encode()) - pieces == surplus
 
@@ -368,14 +360,14 @@ def test_a_lossless_tokenizer_differs_from_the_published_accounting_in_a_leading
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
     )
-    sidecar, pieces = both_accountings(tokenizer, text)
+    sidecar, pieces = both_accountings(tokenizer, [text])
     assert sidecar == len(text.encode())
     assert sidecar - pieces == text.startswith(" ")
 
 
 @needs_published
 def test_what_the_published_accounting_misses_of_corpus_val(tokenizers: dict[str, Tokenizer]) -> None:
-    """Above all the second newline between paragraphs. Its bpb is that much too high."""
-    lines = (SHARED / "corpus_val.jsonl").open(encoding="utf-8")
-    counts = np.array([both_accountings(tokenizers["published"], json.loads(line)["text"]) for line in lines])
-    assert counts.sum(axis=0).tolist() == [3_034_930, 3_025_499]  # bytes of the text; 0.31 % less
+    """Above all the second newline between paragraphs. Its bits per byte are that much too high."""
+    texts = [json.loads(line)["text"] for line in (SHARED / "corpus_val.jsonl").open(encoding="utf-8")]
+    # 0.31 % of the bytes are missed.
+    assert both_accountings(tokenizers["published"], texts) == (3_034_930, 3_025_499)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ElementTree
 
@@ -23,7 +24,7 @@ def test_ticks_are_few_equally_spaced_and_on_the_axis(low, span):
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 7
     assert all(-1 <= axis.place(tick) <= 101 for tick in ticks)
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-6)
     mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
     assert min(abs(mantissa - round_value) for round_value in (1, 2, 5, 10)) < 1e-6

@@ -4,15 +4,19 @@
     python study.py run ablation --data DIR --tokenizer FILE --jobs 2              recipe less one technique, same steps
     python study.py report                                                         tables and plots from runs.jsonl
 
-A run is train_gpt.py beside this file with the settings of its study and variant, in a process of its own on cores of
-its own. Its run.json becomes a line of runs.jsonl, its log a file of logs/; `run` trains what runs.jsonl does not hold
-yet. Every seed goes through all variants, in an order of its own, before the next seed starts: a machine that changes
-its speed changes it for all of them alike. DIR holds shards with 1,024 pieces, FILE their SentencePiece model.
+Every run is a process of its own, on cores of its own: the script of this study (COMMIT below) with the settings of a
+study and a variant. Its run.json becomes a line of runs.jsonl and its log a file of logs/; `run` trains only what
+runs.jsonl does not hold yet. Each seed goes through all variants, in a random order, before the next seed starts. So a
+machine that changes its speed changes it for all variants alike. DIR holds shards with 1,024 pieces, FILE their
+SentencePiece model.
+
+The script comes out of git's history, which needs a full clone. To use a file instead, set STUDY_SCRIPT=FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -30,8 +34,14 @@ from queue import Queue
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-RUNS, LOGS = HERE / "runs.jsonl", HERE / "logs"
+ROOT = HERE.parents[2]
+RUNS = HERE / "runs.jsonl"
+LOGS = HERE / "logs"
 Run = dict[str, Any]
+
+# The script that ran.
+COMMIT = "cf88ff04a50cef2c63fa71c36706084f12e68d66"
+SCRIPT_SHA256 = "ce443275fa00d05bd2c1bae2303e7251d4da021fcaf6684dc227375cf2722c12"
 
 
 class Study(NamedTuple):
@@ -96,9 +106,24 @@ def parse(settings: str) -> dict[str, str]:
     return dict(item.split("=") for item in settings.split())
 
 
-def run_script(settings: dict[str, str], cores: list[int]) -> Run:
-    """Run train_gpt.py. -> its run.json; raises RuntimeError with the end of its output if it fails"""
-    command = [sys.executable, str(HERE / "train_gpt.py")]
+def find_script(folder: Path) -> Path:
+    """The file that STUDY_SCRIPT names or else, written into `folder`, the script as git remembers it."""
+    if "STUDY_SCRIPT" in os.environ:
+        return Path(os.environ["STUDY_SCRIPT"]).resolve()
+
+    shown = subprocess.run(["git", "show", f"{COMMIT}:train_gpt.py"], cwd=HERE, capture_output=True)
+    if shown.returncode != 0:
+        sys.exit(f"git does not know commit {COMMIT[:7]}: run `git fetch --unshallow`, or set STUDY_SCRIPT=FILE")
+    if hashlib.sha256(shown.stdout).hexdigest() != SCRIPT_SHA256:
+        sys.exit(f"train_gpt.py of commit {COMMIT[:7]} is not the script with sha256 {SCRIPT_SHA256}")
+    path = folder / "train_gpt.py"
+    path.write_bytes(shown.stdout)
+    return path
+
+
+def run_script(script: Path, settings: dict[str, str], cores: list[int]) -> Run:
+    """Run `script`. -> its run.json; raises RuntimeError with the end of its output if it fails"""
+    command = [sys.executable, str(script)]
     if hasattr(os, "sched_setaffinity"):
         command = ["taskset", "-c", ",".join(map(str, cores)), *command]
     env = {**os.environ, **settings, "OMP_NUM_THREADS": str(len(cores))}
@@ -108,20 +133,21 @@ def run_script(settings: dict[str, str], cores: list[int]) -> Run:
     return dict(json.loads(Path(settings["OUT_DIR"], f"{settings['RUN_ID']}.json").read_text(encoding="utf-8")))
 
 
-def train(study: str, variant: str, seed: int, cores: list[int], args: argparse.Namespace) -> Run:
+def train(script: Path, study: str, variant: str, seed: int, cores: list[int], args: argparse.Namespace) -> Run:
     """One line of runs.jsonl; the artifact is scored on the whole validation split of every folder of `args.score`."""
     settings = parse(STUDIES[study].common) | parse(STUDIES[study].variants[variant])
     run_id = "_".join([study, *re.findall(r"[\w.]+", variant), str(seed)])
     with tempfile.TemporaryDirectory() as folder:
         places = {"OUT_DIR": folder, "ARTIFACT_DIR": folder, "TOKENIZER_PATH": str(args.tokenizer)}
-        run = run_script(
-            {**settings, **places, "DATA_PATH": str(args.data), "RUN_ID": run_id, "SEED": str(seed)}, cores
-        )
+        chosen = {**settings, **places, "DATA_PATH": str(args.data), "RUN_ID": run_id, "SEED": str(seed)}
+        run = run_script(script, chosen, cores)
         log = Path(folder, f"{run_id}.txt").read_text(encoding="utf-8")
         artifact = {"EVAL_ARTIFACT": str(Path(folder, "final_model.int8.ptz")), "RUN_ID": "score"}
         for data in args.score:
-            score = run_script({**places, **artifact, "DATA_PATH": str(data)}, cores)
-            run |= {f"{key}:{data.name}": score[key] for key in ("val_bpb", "val_nats", "val_text_sha256", "scored_tokens")}
+            score = run_script(script, {**places, **artifact, "DATA_PATH": str(data)}, cores)
+            run |= {
+                f"{key}:{data.name}": score[key] for key in ("val_bpb", "val_nats", "val_text_sha256", "scored_tokens")
+            }
     LOGS.mkdir(exist_ok=True)
     for path, name in ((args.data, args.data.name), (args.tokenizer, args.tokenizer.name), (folder, ".")):
         log = log.replace(str(path), name)
@@ -133,26 +159,32 @@ def train(study: str, variant: str, seed: int, cores: list[int], args: argparse.
 def run_all(args: argparse.Namespace) -> None:
     """Train what is missing, `args.jobs` runs at a time."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    free: Queue[list[int]] = Queue()
+    free_cores: Queue[list[int]] = Queue()
     for job in range(args.jobs):
-        free.put(cores[job * len(cores) // args.jobs : (job + 1) * len(cores) // args.jobs])
-    finished, lock, jobs = read_runs(), threading.Lock(), []
+        free_cores.put(cores[job * len(cores) // args.jobs : (job + 1) * len(cores) // args.jobs])
+
+    finished = read_runs()
+    jobs = []
     for seed in args.seeds:
         order = list(args.variants or STUDIES[args.study].variants)
         random.Random(seed).shuffle(order)
         jobs += [(variant, seed) for variant in order if (args.study, variant, seed) not in finished]
 
+    lock = threading.Lock()
+    folder = tempfile.TemporaryDirectory()
+    script = find_script(Path(folder.name))
+
     def work(job: tuple[str, int]) -> None:
-        mine = free.get()
+        own_cores = free_cores.get()
         try:
-            run = train(args.study, *job, mine, args)
+            run = train(script, args.study, *job, own_cores, args)
         finally:
-            free.put(mine)
+            free_cores.put(own_cores)
         with lock, RUNS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
             print(f"{job[0]}, seed {job[1]}: {run['steps']} steps, val_bpb {run['val_bpb']:.4f}", flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with folder, ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, jobs))
 
 
@@ -191,10 +223,12 @@ def print_table(study: str, key: str = "val_bpb") -> None:
 
 
 def draw() -> None:
-    """differences.svg: the ablation; curves.svg: training loss of the duel against time."""
+    """differences.svg: the ablation; curves.svg: loss of the duel against time."""
     import matplotlib
 
     matplotlib.use("Agg")
+    # With a fixed salt and without a date, the same runs give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     rows = sorted(summary("ablation")[1:], key=lambda row: float(row["difference"]))
@@ -203,17 +237,18 @@ def draw() -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of val_bpb against the recipe, with its standard error (right: the recipe is better)")
     figure.savefig(HERE / "differences.svg", metadata={"Date": None})
+    draw_curves()
 
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for number, variant in enumerate(STUDIES["duel"].variants):
-        for path in sorted(LOGS.glob("duel_" + "_".join(re.findall(r"[\w.]+", variant)) + "_[0-9]*.txt")):
-            points = re.findall(r"train_loss:(\S+) train_time:(\d+)ms", path.read_text(encoding="utf-8"))
-            seconds, losses = [int(ms) / 1000 for _, ms in points], [float(loss) for loss, _ in points]
-            label = variant if path.stem.endswith("_1") else None
-            axes.plot(seconds, losses, color=f"C{number}", linewidth=0.6, label=label)
-    axes.set(xlabel="seconds of training", ylabel="training loss, nats per token", ylim=(3, 6))
-    axes.legend()
-    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+
+def draw_curves() -> None:
+    """curves.svg, which the project's README shows."""
+    command = [sys.executable, str(ROOT / "tools" / "plot.py"), "--out", str(HERE / "curves.svg")]
+    for variant, name in (("record", "recipe"), ("baseline", "baseline")):
+        runs = [run for (study, v, _), run in read_runs().items() if (study, v) == ("duel", variant)]
+        score = statistics.fmean(run["val_bpb:corpus_sp1024"] for run in runs)
+        logs = [str(LOGS / f"{run['run_id']}.txt") for run in runs]
+        command += ["--line", f"{name}|{score:.3f} bits per byte", *logs]
+    subprocess.run(command, check=True)
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
-"""How long the codes of an artifact would be with further contexts: python contexts.py FILE.trellis.ptz [...]
+"""How much shorter the codes of an artifact would be if the coder knew more: python contexts.py FILE.trellis.ptz [...]
 
-Static: the entropy given the context, tables for nothing. Adaptive: counts that start at 0.05 and learn, which pays for
-them. A context is what the coder has, class of the row and quantizer, and one thing more that the decoder would know.
+The coder knows the class of the row and the quantizer. A context adds one thing that the decoder would know too. Two
+lengths in bits are printed for each: the entropy given the context, as if its tables cost nothing, and the length with
+counts that start at 0.05 and learn as they go, which pays for the tables.
+
+Reads artifacts of the format that the script of study.py writes.
 """
 
 from __future__ import annotations

@@ -8,9 +8,12 @@
     python study.py report                                              tables and curves.svg from the two files
 
 DIR holds shards with 1,024 pieces (for `full` with 8,192), FILE their SentencePiece model; the weights stay in --work.
-Every point quantizes the same weights with one rule for the steps, one trellis and one size in bits per weight, found
-by search, codes the result with three coders, and scores what the codes stand for on the first SCORED tokens of each
-validation split (`full`: COMPARED). train_gpt.py beside this file does the work. Brotli needs `pip install brotli`.
+A point is one way to store the same weights: a rule for the steps, a trellis, and a size in bits per weight that is
+found by search. It says how long three coders make the result, and how well the stored model scores on the first SCORED
+tokens of each validation split (`full`: COMPARED). Brotli needs `pip install brotli`.
+
+Models, quantizer and coder are those of the script of this study (COMMIT below). It comes out of git's history, which
+needs a full clone. To use a file instead, set STUDY_SCRIPT=FILE.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,7 +40,14 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-SCORED, COMPARED = 30_000, 8_192  # tokens: of each validation split, of the first one for the divergence
+
+# The script of the study. It was never the one in the root: only this folder held it.
+COMMIT = "11fe8a2f26c664ad5acb41dcce058a032d713680"
+SCRIPT_PATH = "records/studies/2026-11-24_ArtifactStudy/train_gpt.py"
+SCRIPT_SHA256 = "2d1564aa6fd467e1729281c072598c115fc5943e4b7a29c92905f698cb75f5f7"
+
+SCORED = 30_000  # tokens of each validation split
+COMPARED = 8_192  # tokens of the first split, for the divergence
 COMMON = "PRESET=smoke MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 MICRO_BATCH_TOKENS=2048 COMPUTE_DTYPE=float32 "
 MODELS = {
     "2.1 M": COMMON + "ITERATIONS=450",
@@ -50,8 +63,24 @@ FULL_SETTINGS = (
 BATCHES = 16  # of 2,048 training tokens, for the moments and for the measured loss
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_gpt", HERE / "train_gpt.py")
+def find_script(folder: Path) -> Path:
+    """The file that STUDY_SCRIPT names or else, written into `folder`, the script as git remembers it."""
+    if "STUDY_SCRIPT" in os.environ:
+        return Path(os.environ["STUDY_SCRIPT"]).resolve()
+
+    shown = subprocess.run(["git", "show", f"{COMMIT}:{SCRIPT_PATH}"], cwd=HERE, capture_output=True)
+    if shown.returncode != 0:
+        sys.exit(f"git does not know commit {COMMIT[:7]}: run `git fetch --unshallow`, or set STUDY_SCRIPT=FILE")
+    if hashlib.sha256(shown.stdout).hexdigest() != SCRIPT_SHA256:
+        sys.exit(f"{SCRIPT_PATH} of commit {COMMIT[:7]} is not the script with sha256 {SCRIPT_SHA256}")
+    path = folder / "train_gpt.py"
+    path.write_bytes(shown.stdout)
+    return path
+
+
+def load_script(path: Path) -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -60,7 +89,10 @@ def load_script() -> Any:
     return module
 
 
-tg = load_script()
+# The folder lives as long as this process: torch.compile and the size of the code look at the file.
+SCRIPT_FOLDER = tempfile.TemporaryDirectory()
+SCRIPT = find_script(Path(SCRIPT_FOLDER.name))
+tg = load_script(SCRIPT)
 
 
 def weights_path(work: Path, name: str, seed: int) -> Path:
@@ -309,7 +341,7 @@ def full(args: argparse.Namespace) -> None:
     base: dict[str, Any] = {"model": FULL, "parameters": sum(p.numel() for p in run.model.parameters())}
     base |= {"threads": torch.get_num_threads(), "calibration_tokens": tokens}
     base |= {"calibrate_seconds": round(time.perf_counter() - since, 1), "calibrate_peak_mib": peak()}
-    exact, code = score(run.model, run, parts), (HERE / "train_gpt.py").stat().st_size
+    exact, code = score(run.model, run, parts), SCRIPT.stat().st_size
     packing: list[float] = []
     tg.pack_artifact = timed(tg.pack_artifact, packing)
     for states in args.states:
@@ -444,12 +476,13 @@ def spread(found: list[dict[str, Any]]) -> None:
             print(f"| {model} | {bits} | {' | '.join(f'{100 * x:+.0f} %' for x in values / plain - 1)} |")
 
 
-
 def draw(found: list[dict[str, Any]]) -> None:
     """curves.svg: tax and divergence against bytes, for each way to choose the codes; dotted: coded with brotli."""
     import matplotlib
 
     matplotlib.use("Agg")
+    # With a fixed salt and without a date, the same points give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(p["model"] for p in found))

@@ -143,8 +143,11 @@ class Store:
         self.stamps = {path: stamp for path, stamp in stamps.items() if isinstance(stamp, list) and len(stamp) == 3}
 
     def part(self, item: Item) -> Path:
-        """The half file of an item. It is named after the content, so that no other content is appended to it."""
-        return self.work / f"{item.digest.replace(':', '-')}.part"
+        """The half file of an item, named after place and content.
+
+        The content, so that no other content is appended to it; the place, because two files may have equal content.
+        """
+        return self.work / f"{item.path.replace('/', '-')}-{item.digest.replace(':', '-')}.part"
 
     def holds(self, item: Item) -> bool:
         """Whether the file is here, whole and unchanged. Hashes it, unless that was done since it was last written."""

@@ -211,6 +211,12 @@ def big_shard(folder: Path, published: dict[str, bytes]) -> tuple[str, dict[str,
     return name, files
 
 
+def half_file(folder: Path, name: str, content: bytes) -> Path:
+    """Where a download keeps what it has of a file so far."""
+    place = name.removeprefix(ROOT).replace("/", "-")
+    return folder / "data" / ".download" / f"{place}-sha256-{hashlib.sha256(content).hexdigest()}.part"
+
+
 # --- Success ---
 
 
@@ -226,6 +232,14 @@ def test_layout_and_content(run, hub, published, tmp_path) -> None:
 
 def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder / "data").as_posix() for path in folder.rglob("*")}
+
+
+def test_files_of_equal_content_do_not_share_a_half_file(run, hub, published, tmp_path) -> None:
+    first, second = (SHARDS + f"fineweb_train_00000{i}.bin" for i in (0, 1))
+    files = {**published, second: published[first]}
+    hub.commit(files)
+    run("--train-shards", "2")
+    assert_published(tmp_path / "data", files, 2)
 
 
 def test_second_run_fetches_nothing_and_more_shards_only_the_new_ones(run, hub, data, published) -> None:
@@ -384,7 +398,7 @@ def test_a_killed_download_is_continued(run, hub, published, tmp_path, environme
     hub.commit(files)
     hub.faults[name] = [Fault(stall=CHUNK + 1_000_000)]
     process = subprocess.Popen(command(tmp_path), env=environment, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / "data" / ".download" / f"sha256-{hashlib.sha256(files[name]).hexdigest()}.part"
+    part = half_file(tmp_path, name, files[name])
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size >= CHUNK):
         assert time.monotonic() < deadline
@@ -405,7 +419,7 @@ def test_a_killed_download_is_continued(run, hub, published, tmp_path, environme
 
 def test_a_damaged_half_file_does_not_survive(run, hub, published, tmp_path) -> None:
     name = SHARDS + "fineweb_train_000000.bin"
-    part = tmp_path / "data" / ".download" / f"sha256-{hashlib.sha256(published[name]).hexdigest()}.part"
+    part = half_file(tmp_path, name, published[name])
     part.parent.mkdir(parents=True)
     part.write_bytes(b"other bytes")
     stale = part.with_name("sha256-0.part")  # of a file that the repository no longer has

@@ -981,7 +981,7 @@ def read_shard(path: Path) -> np.ndarray:
     """Tokens of one .bin shard, memory-mapped. -> (N,) uint16, or a ValueError that names the file
 
     llm.c layout: 256 little-endian int32 (magic, version, N, zeros), then N little-endian uint16. data/shards.py has
-    a reader of its own, because the data tools do without torch; tests/test_data.py holds the two together.
+    a reader of its own, because the data tools do without torch; tests/test_shards.py holds the two together.
     """
     remedy = "build it again with data/build_shards.py"
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -1347,9 +1347,9 @@ def fill_rows(rows: Sequence[Sequence[Window]], ids: np.ndarray, n_rows: int, se
         for window in row:
             tokens = torch.from_numpy(ids[window.start : window.stop].astype(np.int64))
             end = column + window.n_inputs
+            n_targets = window.stop - window.first
             batch.inputs[i, column:end] = tokens[:-1]
             batch.targets[i, column:end] = tokens[1:]
-            n_targets = window.stop - window.first
             batch.positions[i, end - n_targets : end] = torch.arange(window.first, window.stop)
             column = end
     return batch
@@ -1808,7 +1808,7 @@ def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
 
 def dequantize(codes: Tensor, quantizers: Tensor, step: Tensor) -> Tensor:
     """(R, C) int8, (R, C) 0 or 1, (R, 1) float32 -> (R, C) float32"""
-    return (codes.float() - codes.sign() * quantizers / 2) * step
+    return (codes.float() - codes.sign().float() * quantizers / 2) * step
 
 
 def quantizers_along(codes: np.ndarray, trellis: Trellis) -> np.ndarray:
@@ -2211,13 +2211,19 @@ def parse_header(text: bytes) -> Header:
     header = json.loads(zlib.decompressobj().decompress(text, MAX_HEADER_BYTES))
     version = header["format"]
     codec = header["codec"]
-    if version != ARTIFACT_FORMAT or codec not in ARTIFACT_NAMES:
-        raise ValueError(f"its format {(version, codec)!r:.200} is not {ARTIFACT_FORMAT}: use the script that wrote it")
+    if version != ARTIFACT_FORMAT:
+        raise ValueError(
+            f"format {version!r:.100}, but this script reads {ARTIFACT_FORMAT}: use the script that wrote it"
+        )
+    if codec not in ARTIFACT_NAMES:
+        raise ValueError(
+            f"codec {codec!r:.100} is not one of {', '.join(ARTIFACT_NAMES)}: use the script that wrote it"
+        )
     if header["config"].keys() != {field.name for field in dataclasses.fields(GPTConfig)}:
-        raise ValueError(f"a config of {sorted(header['config'])!r:.400} is not this script's")
+        raise ValueError(f"its config has the settings {sorted(header['config'])!r:.400}: use the script that wrote it")
     config = GPTConfig(**header["config"])
     if config.eval_seq_len == 0:
-        raise ValueError("its config has no EVAL_SEQ_LEN")
+        raise ValueError("its config has no EVAL_SEQ_LEN: make it again")
     if codec == "int8_zlib":
         return Header(config, codec, 0, 0.0)
 
@@ -2248,7 +2254,7 @@ def read_artifact(path: Path) -> ArtifactParts:
             with torch.device("meta"):
                 model = GPT(header.config)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{path} has a header that describes no model ({error!s:.600}): make it again") from None
+            raise ValueError(f"{path} has a header that cannot be used: {error!s:.600}") from None
         n_parameters = sum(p.numel() for p in model.parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")
@@ -2285,7 +2291,7 @@ def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
         values = np.frombuffer(data, "<f4").astype(np.float32)
     else:
         scale = np.frombuffer(data, "<f2", tensor.n_rows).astype(np.float32)
-        q = np.frombuffer(data, np.int8, offset=2 * tensor.n_rows).reshape(tensor.n_rows, -1)
+        q = np.frombuffer(data, np.int8, offset=2 * tensor.n_rows).reshape(tensor.n_rows, tensor.shape[-1])
         values = q * scale[:, None]
     return torch.from_numpy(values).view(tensor.shape)
 
@@ -2380,7 +2386,7 @@ class Attempt(NamedTuple):
 
 
 def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
-    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, where possible to 0.5 %.
+    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow. It uses 99.5 % of them if it can.
 
     Looks for the step by the secant method: twice with one state, which is fast, then with TRELLIS_STATES.
     """

@@ -2254,7 +2254,7 @@ def read_artifact(path: Path) -> ArtifactParts:
             with torch.device("meta"):
                 model = GPT(header.config)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{path} has a header that cannot be used: {error!s:.600}") from None
+            raise ValueError(f"{path} has a header that describes no model of this script: {error!s:.600}") from None
         n_parameters = sum(p.numel() for p in model.parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")

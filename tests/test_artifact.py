@@ -278,7 +278,7 @@ def test_header_that_is_not_compressed_as_it_should_be_is_refused(parts, refused
 def test_other_formats_are_refused_by_their_number(parts, refused, version):
     parts.header["format"] = version
     message = refused(parts.file())
-    assert f"({version!r}, " in message
+    assert f"format {version!r}, but" in message
     assert "use the script that wrote it" in message
 
 

@@ -974,6 +974,11 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_INTS = 256
 
+HOW_TO_GET_DATA = (
+    "make shards and tokenizer with `python data/build_shards.py` (without arguments those of PRESET=smoke), or get "
+    "published ones with `python data/download.py` (those of PRESET=baseline)"
+)
+
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
 
 
@@ -1006,10 +1011,7 @@ class TokenStream:
     def __init__(self, folder: str, pattern: str) -> None:
         self.files = sorted(Path(folder).glob(pattern))
         if not self.files:
-            raise FileNotFoundError(
-                f"DATA_PATH={folder!r} holds no {pattern}: make shards with `python data/build_shards.py` (without "
-                "arguments: of PRESET=smoke), or get published ones with `python data/download.py` (of PRESET=baseline)"
-            )
+            raise FileNotFoundError(f"DATA_PATH={folder!r} holds no {pattern}: {HOW_TO_GET_DATA}")
         self.shards = [read_shard(file) for file in self.files]
         self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
 
@@ -1182,7 +1184,7 @@ def load_tokenizer(
 ) -> tuple[spm.SentencePieceProcessor, str]:
     """The tokenizer and the sha256 of its file. Raises if it is missing, not a SentencePiece model, or another one."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"TOKENIZER_PATH={path!r} does not exist: data/build_shards.py makes one with the data")
+        raise FileNotFoundError(f"TOKENIZER_PATH={path!r} does not exist: {HOW_TO_GET_DATA}")
     data = Path(path).read_bytes()
     try:
         sp = spm.SentencePieceProcessor(model_proto=data)

@@ -69,7 +69,7 @@ class Run(NamedTuple):
     folder: Path
 
     @property
-    def record(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         return json.loads((self.folder / "logs" / "run.json").read_text())
 
     @property

@@ -1,9 +1,8 @@
-"""Tools and tests import the script, newcomers read it: importing is free, and the file keeps to its budgets."""
+"""Tools and tests import the script: importing is free, and an artifact can never be code."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,6 @@ import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path(tg.__file__).read_text(encoding="utf-8")
-SECTIONS = [
-    "1. Configuration",
-    "2. Model",
-    "3. Optimizer",
-    "4. Data",
-    "5. Evaluation: bits per byte",
-    "6. Artifact",
-    "7. Training",
-    "8. Main",
-]
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -50,26 +39,6 @@ assert state() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 """
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, cwd=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
-
-
-def test_script_fits_its_budgets_of_lines_and_columns():
-    lines = SOURCE.splitlines()
-    assert len(lines) <= 1800
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 120] == []
-
-
-def test_functions_fit_on_a_screen():
-    functions = [n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
-    assert {name: n for name, n in lengths.items() if n > 60} == {}
-
-
-def test_script_is_ascii():
-    assert SOURCE.isascii()
-
-
-def test_sections_are_those_of_the_contract_in_order():
-    assert re.findall(r"^# -- (\d+\. .+?) -+$", SOURCE, re.MULTILINE) == SECTIONS
 
 
 def test_no_pickle_and_no_eval_in_the_script():

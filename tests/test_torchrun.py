@@ -65,8 +65,8 @@ def assert_same_result(run, reference, size: int) -> None:
     assert len(run.losses) == 8
     assert run.losses == pytest.approx(reference.losses, abs=2e-4)
     assert final(run) == pytest.approx(final(reference), abs=2e-3)
-    assert run.record["world_size"] == size
-    assert run.record["val_tokens"] == reference.record["val_tokens"]
+    assert run.results["world_size"] == size
+    assert run.results["val_tokens"] == reference.results["val_tokens"]
 
 
 def test_losses_and_score_do_not_depend_on_the_number_of_ranks(one_rank, run_on_ranks):
@@ -86,7 +86,7 @@ def test_losses_and_score_of_a_record_do_not_depend_on_the_number_of_ranks(
 def test_ranks_stop_at_the_same_step_by_one_clock(run_on_ranks):
     """With clocks of their own, one rank would wait for ever for another that has stopped."""
     run = run_on_ranks(2, MAX_WALLCLOCK_SECONDS="1.5", ITERATIONS="100000", TRAIN_LOG_EVERY="100", WARMDOWN_ITERS="30")
-    assert 0.5 < run.record["train_seconds"] <= 2.0
+    assert 0.5 < run.results["train_seconds"] <= 2.0
     assert "stopping_early" in run.out
 
 

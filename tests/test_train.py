@@ -9,7 +9,9 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_lr_scale_without_warmdown_is_one():
         assert tg.lr_scale(99, 49.9, dataclasses.replace(hp, warmdown_iters=0, warmdown_frac=0.0)) == 1
 
 
-def test_progress_is_by_steps_or_by_the_clock_whichever_is_further():
+def test_a_run_is_done_by_steps_or_by_the_clock_whichever_is_further():
     hp = dataclasses.replace(STEPS, max_wallclock_seconds=50.0)
     for step, seconds, part in (
         (0, 0.0, 0),
@@ -76,10 +78,10 @@ def test_progress_is_by_steps_or_by_the_clock_whichever_is_further():
         (5, 50.0, 1),
         (5, 60.0, 1),
     ):
-        assert tg.progress(step, seconds, hp) == pytest.approx(part)
-    assert tg.progress(30, 1e9, STEPS) == pytest.approx(0.3)  # no limit of time
-    assert tg.progress(0, 0.0, dataclasses.replace(hp, iterations=0)) == 0
-    assert tg.progress(7, 10.0, dataclasses.replace(hp, iterations=1_000_000)) == pytest.approx(0.2)
+        assert tg.part_done(step, seconds, hp) == pytest.approx(part)
+    assert tg.part_done(30, 1e9, STEPS) == pytest.approx(0.3)  # no limit of time
+    assert tg.part_done(0, 0.0, dataclasses.replace(hp, iterations=0)) == 0
+    assert tg.part_done(7, 10.0, dataclasses.replace(hp, iterations=1_000_000)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -148,70 +150,138 @@ def test_ledger_counts_the_phase_that_runs():
     assert ledger.seconds("validate") == 0
 
 
+def test_only_the_end_of_a_phase_waits_for_the_device(monkeypatch):
+    """Reading a clock must not stop a GPU, but a phase has to pay for all the work that it gave to one."""
+    waits = []
+    monkeypatch.setattr(tg, "synchronize", waits.append)
+    ledger = tg.Ledger(torch.device("cpu"))
+    ledger.seconds("startup")
+    assert waits == []
+    ledger.switch("train")
+    assert waits == [torch.device("cpu")]
+
+
+def test_no_step_begins_that_would_end_too_late():
+    """By the slowest of the last ten steps; older ones, such as a first one that compiles, are forgotten."""
+    progress = tg.Progress(average=[])
+    assert not progress.out_of_time(CLOCK)
+    progress.finish_step(train_loss=1.0, seconds=30.0)
+    assert progress.out_of_time(CLOCK)
+    assert not progress.out_of_time(STEPS)
+    for i in range(10):
+        progress.finish_step(train_loss=1.0, seconds=31.0 + i)
+    assert (progress.step, progress.seconds) == (11, 40.0)
+    assert not progress.out_of_time(CLOCK)
+
+
 # ----------------------------------------------- steps in this process -----------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trainer(data, config, hp, record_config, record_hp):
-    """A function that makes what a step of the recipe, baseline or record, needs, on the tiny data."""
+class Setup(NamedTuple):
+    """What the functions of section 7 need to train the tiny data."""
 
-    def make(model_changes: dict | None = None, recipe: str = "baseline", **changes: object) -> tg.Trainer:
-        base, run_hp = (record_config, record_hp) if recipe == "record" else (config, hp)
+    learner: tg.Learner
+    loader: tg.Loader
+    run: tg.Run
+    lines: list[str]  # of the log
+
+    @property
+    def model(self) -> tg.GPT:
+        return self.learner.model
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """A copy of all weights, one behind the other."""
+        return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
+
+    def step(self, step: int, scale: float = 1.0, momentum: float = 0.95, looping: bool = True) -> float:
+        """Take a step on its batch. -> the loss"""
+        return float(tg.train_step(self.learner, self.loader.batch(step), scale, momentum, self.run, looping))
+
+    def losses(self, n_steps: int) -> list[float]:
+        return [self.step(step) for step in range(n_steps)]
+
+    def train(self, validate: Callable[[bool], tg.Score]) -> dict[str, Any]:
+        return tg.train(self.learner, self.loader, validate, self.run)
+
+
+def no_score(looping: bool) -> tg.Score:
+    return tg.Score(1.0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def setup(data, config, hp, record_config, record_hp):
+    """A function that makes what a step of the recipe, baseline or record, needs."""
+
+    def make(model_changes: dict[str, Any] | None = None, recipe: str = "baseline", **changes: Any) -> Setup:
+        base = record_config if recipe == "record" else config
+        run_config = dataclasses.replace(base, vocab_size=320, logit_softcap=30.0, **(model_changes or {}))
+        run_hp = record_hp if recipe == "record" else hp
         run_hp = dataclasses.replace(run_hp, **{"train_batch_tokens": 256, "train_seq_len": 32, **changes})
-        model = tg.GPT(dataclasses.replace(base, vocab_size=320, logit_softcap=30.0, **(model_changes or {})))
+
+        world = tg.World()
+        lines: list[str] = []
+        run = tg.Run(run_config, run_hp, world, tg.Ledger(world.device), lines.append)
+        model = tg.GPT(run_config)
         tg.init_weights(model, run_hp)
+        learner = tg.Learner(model, model.loss, tg.build_optimizers(model, run_hp, world))
         stream = tg.TokenStream(str(data.folder), "fineweb_train_[0-9]*.bin")
-        loader = tg.Loader(stream, run_hp, 320, tg.World())
-        optimizers = tg.build_optimizers(model, run_hp, tg.World())
-        return tg.Trainer(model.loss, model, optimizers, loader, run_hp, tg.World())
+        return Setup(learner, tg.Loader(stream, run_hp, 320, world), run, lines)
 
     return make
 
 
-def test_train_obeys_clock_and_schedule(monkeypatch, trainer):
+class FakeSteps:
+    """Stands in for train_step: takes no step, but moves the clock and remembers what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        self.scales: list[float] = []
+        self.momenta: list[float] = []
+        self.looped: list[bool] = []
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(tg, "train_step", self.step)
+
+    def step(
+        self, learner: tg.Learner, batch: tg.Batch, scale: float, momentum: float, run: tg.Run, looping: bool
+    ) -> torch.Tensor:
+        self.scales.append(scale)
+        self.momenta.append(momentum)
+        self.looped.append(looping)
+        self.now += self.seconds
+        return torch.tensor(1.0)
+
+
+def test_train_obeys_clock_and_schedule(monkeypatch, setup):
     """With a clock of 1 second per step and 100 per validation: no step that would end after the cap is begun,
     validation is free, and every step gets the rate and momentum of its time."""
-    run = trainer(iterations=1000, max_wallclock_seconds=10.5, warmdown_iters=4, val_loss_every=3)
-    now, seen, lines = [0.0], [], []
-    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
-    ledger = tg.Ledger(torch.device("cpu"))
+    steps = FakeSteps(monkeypatch)
+    training = setup(iterations=1000, max_wallclock_seconds=10.5, warmdown_iters=4, val_loss_every=3)
 
-    def step(run: tg.Trainer, batch: tg.Batch, scale: float, momentum: float) -> torch.Tensor:
-        seen.append((scale, momentum))
-        now[0] += 1.0
-        return torch.tensor(1.0)
-
-    def validate() -> tg.Score:
-        now[0] += 100.0
+    def validate(looping: bool) -> tg.Score:
+        steps.now += 100.0
         return tg.Score(1.0, 1, 1)
 
-    monkeypatch.setattr(tg, "train_step", step)
-    results = tg.train(run, validate, ledger, lines.append)
-    assert (results["steps"], len(seen), results["train_seconds"]) == (10, 10, 10.0)
-    assert ledger.spent["validate"] == 500.0  # steps 0, 3, 6, 9 and the last
-    assert [scale for scale, _ in seen] == pytest.approx([1.0] * 7 + [3.5 / 4, 2.5 / 4, 1.5 / 4])
-    assert [momentum for _, momentum in seen] == pytest.approx([0.85 + 0.1 * i / 500 for i in range(10)])
-    assert "stopping_early" in lines[-1]
+    results = training.train(validate)
+    assert results["steps"] == len(steps.scales) == 10
+    assert results["train_seconds"] == 10.0
+    assert training.run.ledger.spent["validate"] == 500.0  # at steps 0, 3, 6, 9 and the last
+    assert steps.scales == pytest.approx([1.0] * 7 + [3.5 / 4, 2.5 / 4, 1.5 / 4])
+    assert steps.momenta == pytest.approx([0.85 + 0.1 * i / 500 for i in range(10)])
+    assert "stopping_early" in training.lines[-1]
 
 
-def looping_by_step(monkeypatch, run: tg.Trainer, seconds: float = 1.0) -> tuple[list[bool], list[bool], list[str]]:
-    """Train with a clock that a step moves. -> whether layers are looped in each step, each validation; log lines"""
-    now, steps, validations, lines = [0.0], [], [], []
-    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
-    ledger = tg.Ledger(torch.device("cpu"))
+def looping_by_step(steps: FakeSteps, training: Setup) -> tuple[list[bool], list[bool], list[str]]:
+    """Train. -> whether layers are looped in each step and in each validation, and what the log says of it"""
+    validations: list[bool] = []
 
-    def step(run: tg.Trainer, batch: tg.Batch, scale: float, momentum: float) -> torch.Tensor:
-        steps.append(run.model.looping)
-        now[0] += seconds
-        return torch.tensor(1.0)
-
-    def validate() -> tg.Score:
-        validations.append(run.model.looping)
+    def validate(looping: bool) -> tg.Score:
+        validations.append(looping)
         return tg.Score(1.0, 1, 1)
 
-    monkeypatch.setattr(tg, "train_step", step)
-    tg.train(run, validate, ledger, lines.append)
-    return steps, validations, [line for line in lines if line.startswith("layer_loop:")]
+    training.train(validate)
+    return steps.looped, validations, [line for line in training.lines if line.startswith("layer_loop:")]
 
 
 @pytest.mark.parametrize(
@@ -227,25 +297,28 @@ def looping_by_step(monkeypatch, run: tg.Trainer, seconds: float = 1.0) -> tuple
     ],
     ids=str,
 )
-def test_layers_are_looped_after_their_part_of_the_run_and_in_the_stored_model(monkeypatch, trainer, changes, off, on):
+def test_layers_are_looped_after_their_part_of_the_run_and_in_the_stored_model(monkeypatch, setup, changes, off, on):
     """By steps or by the clock. The model that is stored always loops: so the last validation must, too."""
-    run = trainer(recipe="record", val_loss_every=1, ema_decay=0.0, **changes)
-    steps, validations, lines = looping_by_step(monkeypatch, run)
+    training = setup(recipe="record", val_loss_every=1, ema_decay=0.0, **changes)
+    steps, validations, lines = looping_by_step(FakeSteps(monkeypatch), training)
     assert steps == [False] * off + [True] * on
     assert validations == [*steps, True]
     assert len(lines) == (off > 0)
     assert all(line.startswith(f"layer_loop:enabled step:{off}/") for line in lines)
 
 
-def test_run_that_is_stopped_early_loops_its_stored_model(monkeypatch, trainer):
+def test_run_that_is_stopped_early_loops_its_stored_model(monkeypatch, setup):
     """One step of six seconds in a limit of ten: a second one would not end in time."""
-    run = trainer(recipe="record", iterations=1000, enable_looping_at=0.9, max_wallclock_seconds=10.0, val_loss_every=0)
-    assert looping_by_step(monkeypatch, run, seconds=6.0)[:2] == ([False], [True])
+    steps = FakeSteps(monkeypatch, seconds=6.0)
+    training = setup(
+        recipe="record", iterations=1000, enable_looping_at=0.9, max_wallclock_seconds=10.0, val_loss_every=0
+    )
+    assert looping_by_step(steps, training)[:2] == ([False], [True])
 
 
-def test_model_without_loops_logs_none(monkeypatch, trainer):
+def test_model_without_loops_logs_none(monkeypatch, setup):
     for recipe, changes in (("baseline", {}), ("record", {"num_loops": 0})):
-        assert looping_by_step(monkeypatch, trainer(changes, recipe, iterations=4))[2] == []
+        assert looping_by_step(FakeSteps(monkeypatch), setup(changes, recipe, iterations=4))[2] == []
 
 
 def average_of(history: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
@@ -255,117 +328,121 @@ def average_of(history: list[dict[str, torch.Tensor]], decay: float) -> dict[str
     return {name: total / sum(counts) for name, total in weighted.items()}
 
 
-def test_stored_model_is_the_average_of_the_weights(monkeypatch, trainer, data, tmp_path):
+def test_stored_model_is_the_average_of_the_weights(monkeypatch, setup, data, tmp_path):
     """As it is scored at the end: recomputed from the weights after every step of a real run."""
-    run = trainer(recipe="record", iterations=6, ema_decay=0.7, val_loss_every=0, codec="int8_zlib")
-    history, train_step = [], tg.train_step
+    training = setup(
+        recipe="record",
+        model_changes={"compute_dtype": "float32"},
+        iterations=6,
+        ema_decay=0.7,
+        val_loss_every=0,
+        codec="int8_zlib",
+        data_path=str(data.folder),
+    )
+    history = []
+    train_step = tg.train_step
 
-    def step_and_look(run: tg.Trainer, *args: object) -> torch.Tensor:
-        loss = train_step(run, *args)
-        history.append({name: p.detach().double().clone() for name, p in run.model.named_parameters()})
+    def step_and_look(learner: tg.Learner, *args: Any) -> torch.Tensor:
+        loss = train_step(learner, *args)
+        history.append({name: p.detach().double().clone() for name, p in learner.model.named_parameters()})
         return loss
 
     monkeypatch.setattr(tg, "train_step", step_and_look)
     split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {"partial": False})
-    config, ledger = dataclasses.replace(run.model.config, compute_dtype="float32"), tg.Ledger(torch.device("cpu"))
     path = tmp_path / "a.ptz"
-    results = tg.train_artifact(path, config, run.loader, split, run.hp, ledger, lambda line: None)
-    stored, average = tg.load_artifact(path), average_of(history, 0.7)
+    results = tg.train_and_store(training.run, split, path)
+
+    stored = tg.load_artifact(path)
+    average = average_of(history, 0.7)
     assert len(history) == 6
     for name, p in stored.named_parameters():
-        off = (p.detach().double() - average[name]).abs()
-        step = average[name].abs().amax(-1, keepdim=True) / 127 if name.endswith(".weight") else torch.tensor(1e-5)
-        assert bool((off <= 0.51 * step + 1e-5).all()), name
-    assert max(float((p.detach() - history[-1][name]).abs().max()) for name, p in stored.named_parameters()) > 0.01
-    score = tg.evaluate(stored, split, config, run.hp, tg.World())
+        error = (p.detach().double() - average[name]).abs()
+        step = torch.tensor(1e-5)
+        if name.endswith(".weight"):
+            step = average[name].abs().amax(-1, keepdim=True) / 127
+        assert bool((error <= 0.51 * step + 1e-5).all()), name
+    changes = [
+        float((p.detach() - history[-1][name]).abs().max()) for name, p in stored.named_parameters() if p.numel()
+    ]
+    assert max(changes) > 0.01  # the last weights are something else
+    score = tg.evaluate(stored, split, training.run.config, training.run.hp.val_batch_size, tg.World())
     assert results["pre_quant_val_loss"] == pytest.approx(score.val_loss, abs=5e-3)
 
 
-def test_run_without_an_average_stores_the_last_weights(trainer):
+def test_run_without_an_average_stores_the_last_weights(setup):
     """And one that averages trains the same weights: the average only looks."""
-    weights = []
+    final_weights = []
+    final_losses = []
     for decay in (0.0, 0.9):
-        run = trainer(recipe="record", iterations=3, ema_decay=decay, val_loss_every=0)
-        seen: list[torch.Tensor] = []
+        training = setup(recipe="record", iterations=3, ema_decay=decay, val_loss_every=0)
+        final_losses.append(training.train(no_score)["train_loss"])
+        final_weights.append(training.weights)
 
-        def validate(run: tg.Trainer = run, seen: list = seen) -> tg.Score:
-            seen.append(torch.cat([p.detach().flatten().clone() for p in run.model.parameters()]))
-            return tg.Score(1.0, 1, 1)
-
-        results = tg.train(run, validate, tg.Ledger(torch.device("cpu")), lambda line: None)
-        weights.append((results["train_loss"], seen[-1]))
-    plain = trainer(recipe="record", iterations=3)
-    schedule = [(tg.lr_scale(step, 0.0, plain.hp), tg.muon_momentum(step, plain.hp)) for step in range(3)]
-    plain.model.looping = False
-    for step, (scale, momentum) in enumerate(schedule):
-        plain.model.looping = step >= 2  # of 3 steps, from 35 % on
-        tg.train_step(plain, plain.loader.batch(step), scale, momentum)
-    last = torch.cat([p.detach().flatten() for p in plain.model.parameters()])
-    assert torch.equal(weights[0][1], last)
-    assert weights[0][0] == weights[1][0]
-    assert not torch.equal(weights[1][1], last)
+    plain = setup(recipe="record", iterations=3)
+    for step in range(3):
+        scale = tg.lr_scale(step, 0.0, plain.run.hp)
+        momentum = tg.muon_momentum(step, plain.run.hp)
+        plain.step(step, scale, momentum, looping=step >= 2)  # of 3 steps, from 35 % on
+    assert torch.equal(final_weights[0], plain.weights)
+    assert final_losses[0] == final_losses[1]
+    assert not torch.equal(final_weights[1], plain.weights)
 
 
-def losses(run: tg.Trainer, n_steps: int) -> list[float]:
-    return [float(tg.train_step(run, run.loader.batch(step), 1.0, 0.95)) for step in range(n_steps)]
-
-
-RECIPES = [{}, {"tie_embeddings": False}, {"num_layers": 1}, {"recipe": "record"}]
-
-
-@pytest.mark.parametrize("changes", RECIPES, ids=str)
-def test_loss_falls(trainer, changes):
-    changes = dict(changes)
-    found = losses(trainer(recipe=changes.pop("recipe", "baseline"), model_changes=changes), 30)
-    assert found[0] == pytest.approx(math.log(320), abs=0.2)
-    assert found[-1] < 0.7 * found[0]
+@pytest.mark.parametrize("changes", [{}, {"model_changes": {"num_layers": 1}}, {"recipe": "record"}], ids=str)
+def test_loss_falls(setup, changes):
+    losses = setup(**changes).losses(30)
+    assert losses[0] == pytest.approx(math.log(320), abs=0.2)
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize("recipe", ["baseline", "record"])
-@pytest.mark.parametrize("micro", [1, 32, 96, 160])
-def test_losses_do_not_depend_on_the_micro_batch(trainer, micro, recipe):
+@pytest.mark.parametrize("micro", [1, 96, 160])
+def test_losses_do_not_depend_on_the_micro_batch(setup, micro, recipe):
     """Memory decides the micro-batch; it must not decide the result. 96 and 160 cut 8 sequences unevenly."""
-    whole = losses(trainer(recipe=recipe), 5)
-    parts = losses(trainer(recipe=recipe, micro_batch_tokens=micro), 5)
+    whole = setup(recipe=recipe).losses(5)
+    parts = setup(recipe=recipe, micro_batch_tokens=micro).losses(5)
     assert parts == pytest.approx(whole, abs=2e-3)
     assert parts[0] == pytest.approx(whole[0], abs=1e-5)
 
 
-def test_gradient_is_that_of_the_mean_over_the_step(trainer):
-    """Whatever the micro-batches; SGD stands in for the optimizers and shows the gradient."""
-    run = trainer(micro_batch_tokens=96)
-    before = copy.deepcopy(run.model)
-    ids, targets = (torch.cat(parts) for parts in zip(*run.loader.batch(0), strict=True))
+def with_sgd(training: Setup) -> Setup:
+    """SGD with a rate of 1 stands in for the optimizers: a step then shows the gradient."""
+    sgd = torch.optim.SGD([{"params": list(training.model.parameters()), "base_lr": 1.0}], lr=1.0)
+    return training._replace(learner=training.learner._replace(optimizers=[sgd]))
+
+
+def test_gradient_is_that_of_the_mean_over_the_step(setup):
+    """Whatever the micro-batches."""
+    training = with_sgd(setup(micro_batch_tokens=96))
+    before = copy.deepcopy(training.model)
+    ids, targets = (torch.cat(parts) for parts in zip(*training.loader.batch(0), strict=True))
     before.loss(ids, targets).backward()
-    sgd = torch.optim.SGD([{"params": list(run.model.parameters()), "base_lr": 1.0}], lr=1.0)
-    tg.train_step(run._replace(optimizers=[sgd]), run.loader.batch(0), 1.0, 0.95)
-    for p, old in zip(run.model.parameters(), before.parameters(), strict=True):
+    training.step(0)
+    for p, old in zip(training.model.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(old.detach() - p.detach(), old.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_gradient_clipping_bounds_the_length_of_the_gradient(trainer):
-    run = trainer(grad_clip_norm=0.01)
-    before = torch.cat([p.detach().flatten().clone() for p in run.model.parameters()])
-    sgd = torch.optim.SGD([{"params": list(run.model.parameters()), "base_lr": 1.0}], lr=1.0)
-    tg.train_step(run._replace(optimizers=[sgd]), run.loader.batch(0), 1.0, 0.95)
-    after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-2)
+def test_gradient_clipping_bounds_the_length_of_the_gradient(setup):
+    training = with_sgd(setup(grad_clip_norm=0.01))
+    before = training.weights
+    training.step(0)
+    assert float((training.weights - before).norm()) == pytest.approx(0.01, rel=1e-2)
 
 
-def test_learning_rate_of_zero_changes_nothing(trainer):
-    run = trainer()
-    before = copy.deepcopy(run.model.state_dict())
-    tg.train_step(run, run.loader.batch(0), 0.0, 0.95)
-    assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
+def test_learning_rate_of_zero_changes_nothing(setup):
+    training = setup()
+    before = training.weights
+    training.step(0, scale=0.0)
+    assert torch.equal(training.weights, before)
 
 
-def test_steps_to_compile_on_leave_no_trace(trainer):
+@pytest.mark.parametrize("recipe", ["baseline", "record"])
+def test_steps_to_compile_on_leave_no_trace(setup, recipe):
     """Otherwise machines that compile would train another model than those that do not."""
-    for recipe in ("baseline", "record"):
-        plain, primed = trainer(recipe=recipe), trainer(recipe=recipe)
-        tg.prime(primed, 3, lambda line: None)
-        primed.model.looping = plain.model.looping
-        assert losses(primed, 4) == losses(plain, 4)
+    plain = setup(recipe=recipe)
+    primed = setup(recipe=recipe)
+    tg.prime(primed.learner, primed.loader, 3, primed.run)
+    assert primed.losses(4) == plain.losses(4)
 
 
 @pytest.mark.parametrize(
@@ -378,29 +455,31 @@ def test_steps_to_compile_on_leave_no_trace(trainer):
     ],
 )
 def test_every_order_of_the_layers_is_compiled_before_the_clock_starts(
-    monkeypatch, trainer, device, changes, num_loops, expected
+    monkeypatch, setup, device, changes, num_loops, expected
 ):
     """Compiling takes a minute on a GPU: of ten, were the clock running."""
-    run, seen = trainer({"num_loops": num_loops}, recipe="record", **changes), []
-    monkeypatch.setattr(tg, "train_step", lambda run, *_: seen.append(run.model.looping))
-    tg.prime(run._replace(world=tg.World(device=torch.device(device))), 1, lambda line: None)
-    assert seen == expected
+    steps = FakeSteps(monkeypatch)
+    training = setup({"num_loops": num_loops}, recipe="record", **changes)
+    run = dataclasses.replace(training.run, world=tg.World(device=torch.device(device)))
+    tg.prime(training.learner, training.loader, 1, run)
+    assert steps.looped == expected
 
 
 def test_warmdown_iters_replace_the_fraction():
     """The command lines of the published challenge name them, with a preset that has the fraction."""
     both = dataclasses.replace(STEPS, warmdown_frac=0.85)
-    assert [tg.lr_scale(step, 0.0, both) for step in range(101)] == [tg.lr_scale(s, 0.0, STEPS) for s in range(101)]
+    for step in range(101):
+        assert tg.lr_scale(step, 0.0, both) == tg.lr_scale(step, 0.0, STEPS)
 
 
-def test_micro_batch_given_by_the_user_is_kept_and_one_found_is_at_least_a_sequence(trainer):
-    run = trainer(micro_batch_tokens=64)
-    tg.fit_micro_batch(run.loss_fn, run.model, run.loader, run.world)
-    assert run.loader.micro_sequences == 2
+def test_micro_batch_given_by_the_user_is_kept_and_one_found_is_at_least_a_sequence(setup):
+    training = setup(micro_batch_tokens=64)
+    tg.fit_micro_batch(training.learner, training.loader, training.run)
+    assert training.loader.micro_sequences == 2
     for seq_len, expected in ((16, 8), (4096, 1)):  # all of the step, and more than is asked for
-        run = trainer(train_seq_len=seq_len, train_batch_tokens=8 * seq_len)
-        tg.fit_micro_batch(run.loss_fn, run.model, run.loader, run.world)
-        assert run.loader.micro_sequences == expected
+        training = setup(train_seq_len=seq_len, train_batch_tokens=8 * seq_len)
+        tg.fit_micro_batch(training.learner, training.loader, training.run)
+        assert training.loader.micro_sequences == expected
 
 
 # ------------------------------------------------- runs of the script -------------------------------------------------
@@ -421,7 +500,7 @@ def test_run_learns(trained):
     assert len(trained.losses) == 30
     assert trained.losses[0] == pytest.approx(math.log(320), abs=0.2)
     assert trained.losses[-1] < 0.8 * trained.losses[0]
-    assert trained.record["val_loss"] < 0.8 * math.log(320)
+    assert trained.results["val_loss"] < 0.8 * math.log(320)
 
 
 def scores(run) -> tuple[float, float]:
@@ -432,8 +511,9 @@ def scores(run) -> tuple[float, float]:
 
 def test_score_of_the_run_is_that_of_the_model_it_saved(trained, data):
     """The number is right: recomputed from the artifact, window by window, without the code that scored it."""
-    model, ids = tg.load_artifact(trained.artifact), torch.from_numpy(data.val.astype("int64"))
-    model.compute_dtype, nats = torch.float32, 0.0
+    model = tg.load_artifact(trained.artifact)
+    ids = torch.from_numpy(data.val.astype("int64"))
+    nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, 32):
             targets = ids[start + 1 : start + 33]
@@ -443,13 +523,15 @@ def test_score_of_the_run_is_that_of_the_model_it_saved(trained, data):
     loss, bpb = scores(trained)
     assert loss == pytest.approx(nats / (len(ids) - 1), abs=1e-6)
     assert bpb == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-6)
-    assert trained.record["val_bpb"] == pytest.approx(bpb, abs=1e-8)
+    assert trained.results["val_bpb"] == pytest.approx(bpb, abs=1e-8)
 
 
 def test_score_of_a_record_is_that_of_its_documents_one_by_one(trained_record, data):
     """The same for all techniques and the evaluation by documents, whose windows of 32 tokens start with each one."""
-    model, ids = tg.load_artifact(trained_record.artifact), torch.from_numpy(data.val.astype("int64"))
-    model.compute_dtype, nats, begins = torch.float32, 0.0, [*(data.val == 1).nonzero()[0].tolist(), len(data.val) - 1]
+    model = tg.load_artifact(trained_record.artifact)
+    ids = torch.from_numpy(data.val.astype("int64"))
+    nats = 0.0
+    begins = [*(data.val == 1).nonzero()[0].tolist(), len(data.val) - 1]
     with torch.no_grad():
         for begin, end in itertools.pairwise(begins):
             for start in range(begin, end, 32):
@@ -468,35 +550,39 @@ def test_artifact_of_codes_is_scored_the_same_again(trained_record, run_script, 
     assert again.status == 0, again.err
     assert again.last_line == trained_record.last_line
     assert again.last_line.startswith("final_trellis_ans_roundtrip_exact ")
-    assert again.record["codec"] == "trellis_ans"
+    assert again.results["codec"] == "trellis_ans"
     assert trained_record.artifact.name == "final_model.trellis.ptz"
 
 
 def test_record_run_learns_and_loops_after_a_third(trained_record):
     assert len(trained_record.losses) == 30
     assert trained_record.losses[-1] < 0.8 * trained_record.losses[0]
-    assert trained_record.record["val_loss"] < 0.9 * math.log(320)
+    assert trained_record.results["val_loss"] < 0.9 * math.log(320)
     enabled = re.findall(r"^layer_loop:enabled (.*)$", trained_record.out, re.MULTILINE)
     assert enabled == ["step:11/30 order:[0,1,2,1,2,1,2,3,4]"]
 
 
 def test_run_json_is_flat_and_holds_settings_identities_seconds_and_bytes(trained, data):
-    record = strict_json(trained.folder / "logs" / "run.json")
-    assert all(isinstance(v, str | int | float | bool) or v is None for v in record.values())
+    results = strict_json(trained.folder / "logs" / "run.json")
+    changed = results.pop("settings_changed")
+    assert all(isinstance(v, str | int | float | bool) or v is None for v in results.values())
+    assert changed["NUM_LAYERS"] == results["num_layers"] == 3
+    assert changed["TRAIN_LOG_EVERY"] == results["train_log_every"] == 1
+    assert "MUON_MOMENTUM" not in changed  # as the preset has it
     for cls in (tg.GPTConfig, tg.Hyperparameters):
-        assert {f.name for f in dataclasses.fields(cls)} <= record.keys()
-    assert (record["num_layers"], record["model_dim"], record["matrix_lr"]) == (3, 32, 0.04)
-    assert (record["eval_seq_len"], record["steps"], record["world_size"]) == (32, 30, 1)
-    assert record["val_tokens"] == len(data.val)
-    assert record["val_accounting"] == "sidecar"
+        assert {f.name for f in dataclasses.fields(cls)} <= results.keys()
+    assert (results["num_layers"], results["model_dim"], results["matrix_lr"]) == (3, 32, 0.04)
+    assert (results["eval_seq_len"], results["steps"], results["world_size"]) == (32, 30, 1)
+    assert results["val_tokens"] == len(data.val)
+    assert results["val_accounting"] == "sidecar"
     for key in ("code_sha256", "tokenizer_sha256", "val_shards_sha256"):
-        assert re.fullmatch("[0-9a-f]{64}", record[key])
+        assert re.fullmatch("[0-9a-f]{64}", results[key])
     for key in ("seconds_train", "seconds_evaluate", "seconds_quantize", "train_seconds", "torch", "python", "device"):
-        assert key in record
-    assert record["bytes_code"] == Path(tg.__file__).stat().st_size
-    assert record["bytes_artifact"] == trained.artifact.stat().st_size
-    assert record["bytes_total"] == record["bytes_code"] + record["bytes_artifact"]
-    assert record["partial"] is False
+        assert key in results
+    assert results["bytes_code"] == Path(tg.__file__).stat().st_size
+    assert results["bytes_artifact"] == trained.artifact.stat().st_size
+    assert results["bytes_total"] == results["bytes_code"] + results["bytes_artifact"]
+    assert results["partial"] is False
 
 
 def test_artifact_is_scored_again_to_the_last_digit(trained, run_script):
@@ -506,8 +592,8 @@ def test_artifact_is_scored_again_to_the_last_digit(trained, run_script):
     assert again.status == 0, again.err
     assert again.last_line == trained.last_line
     assert not again.artifact.exists()
-    assert again.record["val_bpb"] == trained.record["val_bpb"]
-    assert again.record["num_layers"] == 3
+    assert again.results["val_bpb"] == trained.results["val_bpb"]
+    assert again.results["num_layers"] == 3
 
 
 def test_setting_that_contradicts_the_artifact_is_refused(trained, run_script):
@@ -529,11 +615,11 @@ def test_clock_stops_training_within_the_limit(run_script, data):
     """Also with validation in between, whose time does not count."""
     run = run_script(MAX_WALLCLOCK_SECONDS="2", ITERATIONS="1000000", VAL_LOSS_EVERY="100", TRAIN_LOG_EVERY="100")
     assert run.status == 0, run.err
-    assert 1.0 < run.record["train_seconds"] <= 2.5
-    assert 10 < run.record["steps"] < 1_000_000
-    assert f"stopping_early: wallclock_cap train_time:{1000 * run.record['train_seconds']:.0f}ms" in run.out
+    assert 1.0 < run.results["train_seconds"] <= 2.5
+    assert 10 < run.results["steps"] < 1_000_000
+    assert f"stopping_early: wallclock_cap train_time:{1000 * run.results['train_seconds']:.0f}ms" in run.out
     per_epoch = (len(data.train) - 1) // 32
-    assert len(re.findall(r"^epoch:", run.out, re.MULTILINE)) == run.record["steps"] * 8 // per_epoch
+    assert len(re.findall(r"^epoch:", run.out, re.MULTILINE)) == run.results["steps"] * 8 // per_epoch
 
 
 def test_loss_that_is_not_finite_stops_the_run_without_an_artifact(run_script):
@@ -578,7 +664,7 @@ def test_run_over_the_limit_saves_everything_and_exits_with_status_3(run_script,
     run = run_script(MAX_TOTAL_BYTES="1000", ITERATIONS="1", CODEC=codec)
     assert run.status == 3
     assert run.artifact.exists()
-    assert f"bytes_total:{run.record['bytes_total']} exceeds MAX_TOTAL_BYTES=1000" in run.out
+    assert f"bytes_total:{run.results['bytes_total']} exceeds MAX_TOTAL_BYTES=1000" in run.out
     assert run.last_line.startswith(f"final_{codec}_roundtrip_exact ")
 
 
@@ -586,7 +672,7 @@ def test_partial_score_is_called_partial(trained, run_script):
     run = run_script(EVAL_ARTIFACT=str(trained.artifact), VAL_MAX_TOKENS="100")
     assert run.status == 0, run.err
     assert re.search(r"val_bpb:\d\.\d{8} partial:\S+ eval_", run.last_line)
-    assert run.record["partial"] is True
+    assert run.results["partial"] is True
     assert "partial:" not in trained.out.replace("partial:0", "")
 
 
@@ -617,11 +703,7 @@ def test_model_of_one_layer_is_trained_saved_and_scored(run_script):
     ("settings", "message"),
     [
         ({"NUM_LAYER": "12"}, "NUM_LAYER='12' .*NUM_LAYERS"),
-        ({"DATA_PATH": "nowhere"}, "DATA_PATH='nowhere' .*build_shards.py"),
-        (
-            {"DATA_PATH": "nowhere", "TOKENIZER_PATH": "nowhere"},
-            "DATA_PATH='nowhere' .*build_shards.py.*download.py",
-        ),
+        ({"TOKENIZER_PATH": "nowhere"}, "TOKENIZER_PATH='nowhere' .*build_shards.py.*download.py"),
         ({"BETA1": "1.5"}, "BETA1=1.5 must be from 0 to"),
         ({"EVAL_ARTIFACT": "nowhere"}, "'nowhere' does not exist"),
     ],
@@ -631,3 +713,11 @@ def test_mistake_of_the_user_ends_with_one_line(run_script, settings, message):
     run = run_script(**settings)
     assert (run.status, run.out) == (1, "")
     assert re.fullmatch(f"error: .*{message}.*\n", run.err)
+
+
+def test_missing_data_end_the_run_with_one_line_and_a_log(run_script):
+    run = run_script(DATA_PATH="nowhere")
+    assert run.status == 1
+    assert re.fullmatch("error: DATA_PATH='nowhere' .*build_shards.py.*download.py.*\n", run.err)
+    assert (run.folder / "logs" / "run.txt").read_text() == run.out
+    assert not run.artifact.exists()

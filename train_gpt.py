@@ -1567,8 +1567,10 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
         finished = out_of_time or progress.step == hp.iterations
 
         was_looping = looping
-        looping = finished or part_done(progress.step, progress.seconds, hp) >= hp.enable_looping_at
-        if looping and not was_looping and run.config.num_loops:
+        # Without loops the two orders are one. Asking for both would make a GPU compile the model twice.
+        if run.config.num_loops:
+            looping = finished or part_done(progress.step, progress.seconds, hp) >= hp.enable_looping_at
+        if looping and not was_looping:
             order = ",".join(map(str, run.config.layer_order(looping)))
             run.log0(f"layer_loop:enabled {progress.position(hp)} order:[{order}]")
 

@@ -69,12 +69,13 @@ def assert_same_result(run, reference, size: int) -> None:
     assert run.results["val_tokens"] == reference.results["val_tokens"]
 
 
+@pytest.mark.slow
 def test_losses_and_score_do_not_depend_on_the_number_of_ranks(one_rank, run_on_ranks):
     """Three ranks have uneven shares of 8 sequences, of every stack of matrices and of the windows to score."""
     assert_same_result(run_on_ranks(3, ITERATIONS="8"), one_rank, 3)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_losses_and_score_of_a_record_do_not_depend_on_the_number_of_ranks(
     one_rank_record, run_on_ranks, record_settings, size
 ):
@@ -99,6 +100,7 @@ def test_scoring_on_two_ranks_gives_the_score_of_one(one_rank, run_script):
     assert final(run) == pytest.approx(final(one_rank), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_layer_model_trains_on_two_ranks(run_on_ranks):
     """A parameter without a gradient must not break the sum over ranks."""
     run_on_ranks(2, NUM_LAYERS="1", ITERATIONS="2")

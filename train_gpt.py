@@ -359,7 +359,7 @@ class World(NamedTuple):
             t.copy_(total.view_as(t))
 
     def agree(self, x: float) -> float:
-        """Rank 0's `x` on every rank, for what the ranks must not decide differently. Also a barrier."""
+        """Rank 0's `x` on every rank, for what the ranks must not decide differently. The others wait for rank 0."""
         # The tensor lies on the CPU and goes through gloo, so that a GPU need not stop for it.
         shared = torch.tensor(x, dtype=torch.float64)
         if self.size > 1:
@@ -411,10 +411,10 @@ def pick_dtype(device: torch.device, compute_dtype: str = "auto") -> torch.dtype
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def wants_compile(setting: str, device: torch.device) -> bool:
+def wants_compile(hp: Hyperparameters, device: torch.device) -> bool:
     """Whether to compile. COMPILE=auto: on CUDA, and on a CPU with a C++ compiler and the headers it needs."""
-    if setting != "auto":
-        return setting == "1"
+    if hp.compile != "auto":
+        return hp.compile == "1"
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -2521,7 +2521,7 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     model = GPT(config)
     init_weights(model, hp)
     model.to(world.device)
-    compiled = wants_compile(hp.compile, world.device)
+    compiled = wants_compile(hp, world.device)
     loss_fn, forward = compile_model(model, compiled)
     learner = Learner(model, loss_fn, build_optimizers(model, hp, world))
 
@@ -2559,7 +2559,7 @@ def score_artifact(run: Run, split: ValSplit, path: Path) -> Score:
     """Score what is rebuilt from the disk, and nothing else."""
     run.ledger.switch("load")
     model = load_artifact(path, run.world.device, run.config.compute_dtype)
-    compiled = wants_compile(run.hp.compile, run.world.device)
+    compiled = wants_compile(run.hp, run.world.device)
     _, forward = compile_model(model, compiled)
     run.ledger.switch("evaluate")
     score = evaluate(forward, split, model.config, run.hp.val_batch_size, run.world)

@@ -1405,7 +1405,7 @@ CPU_MICRO_BATCH_TOKENS = 2_048  # whose activations stay in the caches
 
 
 class Learner(NamedTuple):
-    """What a training step works on."""
+    """What a training step works on and changes."""
 
     model: GPT
     loss_fn: LossFn
@@ -1420,6 +1420,7 @@ class Progress:
     step: int = 0  # steps done
     seconds: float = 0.0  # spent training, by rank 0's clock
     train_loss: float = math.nan  # nats per token, of the last step
+    # What the last ten steps took.
     recent_seconds: deque[float] = dataclasses.field(default_factory=lambda: deque([0.0], maxlen=10))
 
     def finish_step(self, train_loss: float, seconds: float) -> None:
@@ -1448,11 +1449,13 @@ def part_done(step: int, seconds: float, hp: Hyperparameters) -> float:
 
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """Learning rate / its base value: 1, then linear to MIN_LR. WARMDOWN_ITERS become time by the average step."""
+    """Learning rate / its base value: 1, then linear to MIN_LR."""
     if hp.warmdown_iters:
-        left = (hp.iterations - step) / hp.warmdown_iters
+        left_by_steps = (hp.iterations - step) / hp.warmdown_iters
+        # By time, the warmdown takes WARMDOWN_ITERS steps that last as long as those so far did on average.
         seconds_left = hp.seconds_for_steps - seconds if hp.seconds_for_steps else math.inf
-        left = min(left, seconds_left * max(step, 1) / max(hp.warmdown_iters * seconds, 1e-9))
+        left_by_time = seconds_left * max(step, 1) / max(hp.warmdown_iters * seconds, 1e-9)
+        left = min(left_by_steps, left_by_time)
     else:
         left = (1.0 - part_done(step, seconds, hp)) / max(hp.warmdown_frac, 1e-9)
     return min(1.0, max(left, hp.min_lr))

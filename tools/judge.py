@@ -6,9 +6,13 @@ what it answered at some secret places is asked again in a second process that n
 adaptive predictor (class B) is asked for the distributions of a chunk before it may observe the chunk. The command is
 tools/verify.py.
 
-    load_predictor(path, device)   class B; .config as GPTConfig, and
-    .predict(ids) -> (T, V)        log-probabilities: row t is that of ids[t] after all that was observed and ids[:t]
+    load_artifact(path, device)    class A: a module with .config as GPTConfig; module(ids) are its logits
+    load_predictor(path, device)   class B: .config as GPTConfig, and
+    .predict(ids) -> (T, V)        log-probabilities; row t is the distribution of ids[t], given all that was observed
+                                   before and ids[:t]
     .observe(ids)                  called once for every chunk, after it was scored
+
+All ids are int64 tensors on the CPU, (B, T) for class A and (T,) for class B.
 
 The score that a record of class B claims is that of this loop over the whole validation split `ids`, and its script has
 to report it as val_loss and val_bpb:
@@ -76,7 +80,7 @@ MAX_TURNS = 8
 BIGRAM_BACKOFF = 8.0
 MAX_LOG_RATIO = 12.0  # nats
 
-# What rounding may make of the log of a sum of probabilities, and change in a probability that is asked for twice.
+# What rounding explains: a sum of probabilities whose log is not 0, and a probability that differs when asked twice.
 MAX_LOG_SUM = 1e-3
 MAX_CHANGE = 1e-4
 
@@ -114,7 +118,7 @@ class RecordError(Exception):
 
 
 class RecordProcess:
-    """The code of a record, with one artifact, in a process of its own inside the sandbox."""
+    """The judge's end of a process in the sandbox that runs the code of a record with one artifact."""
 
     config: tg.GPTConfig  # of the artifact; only SCORING_FIELDS are set
 
@@ -141,7 +145,8 @@ class RecordProcess:
         """Start the process and wait until it has loaded the artifact. RecordError if it does not.
 
         answer_seconds   how long any answer may take
-        violations       gets what the code does besides answering, by the name of the check that this fails
+        violations       is filled with what the code does besides answering: the first case by the name of the check
+                         that it fails, shared by all processes of a record
         """
         artifact_inside = f"/record/{artifact.name}"
         binds = [
@@ -201,7 +206,7 @@ class RecordProcess:
         finally:
             timer.cancel()
 
-    def receive(self, check: str, max_bytes: int) -> tuple[dict[str, Any], bytes]:
+    def next_answer(self, check: str, max_bytes: int) -> tuple[dict[str, Any], bytes]:
         """The next answer. What the audit hook reports before it goes into `violations`."""
         while True:
             header, payload = receive(self.replies, max_bytes)
@@ -218,7 +223,7 @@ class RecordProcess:
 
     def receive_config(self) -> tg.GPTConfig:
         with self.deadline("load"):
-            header, _ = self.receive("load", MAX_CONFIG_BYTES)
+            header, _ = self.next_answer("load", MAX_CONFIG_BYTES)
         try:
             values = {name: header["config"][name] for name in SCORING_FIELDS}
             config = dataclasses.replace(tg.GPTConfig(), **values)
@@ -242,7 +247,7 @@ class RecordProcess:
         # A process that reads nothing would also block `send`.
         with self.deadline("run"):
             send(self.requests, header, np.ascontiguousarray(ids, "<i8").tobytes())
-            return self.receive("run", max_bytes)
+            return self.next_answer("run", max_bytes)
 
     def ask(self, do: str, ids: np.ndarray) -> Tensor:
         """Send ids, int64 of any shape, and receive float32 values of that shape and the vocabulary."""
@@ -480,7 +485,7 @@ class Reservoir:
 def bigram_nats(ids: np.ndarray) -> np.ndarray:
     """Nats of each token given the one before it, from the counts of this very text without the token. (N,) -> (N,)
 
-    Whoever sees what comes beats this by far where it matters. So do good models, but at fewer places.
+    A predictor that sees its target beats this by far. So does a good model, but at fewer places.
     """
     _, token, token_counts = np.unique(ids, return_inverse=True, return_counts=True)
     unigram = (token_counts[token] - 0.5) / len(ids)
@@ -543,13 +548,13 @@ class ProbeSampler:
 
 
 def last_document(row: np.ndarray, bos_id: int) -> np.ndarray:
-    """What document masks leave to see at the end of a row: its last BOS and what follows."""
+    """What the end of a row can see through document masks: the last BOS and everything after it."""
     starts = np.flatnonzero(row == bos_id)
     return row[starts[-1] :] if len(starts) else row
 
 
 class Comparison(NamedTuple):
-    """What the record answers at one place with some context and without it. Log-probabilities (V,)"""
+    """The record's two answers at one place: with the context that should not matter, and without. Each (V,) nats"""
 
     target: int
     at_random: bool
@@ -568,10 +573,11 @@ class Comparison(NamedTuple):
 
 
 def check_same_answers(name: str, context: str, comparisons: Sequence[Comparison], rounding: Rounding) -> Check:
-    """Whether answers stay the same without some context, but for rounding.
+    """Whether answers change by no more than rounding when some context is taken away.
 
-    Each distribution has to stay the same as a whole and at its target. The average over targets at random has a closer
-    limit, because a little at every place would add up.
+    Each distribution has to stay the same as a whole, and no target may be likelier with the context. The average over
+    the targets that were taken at random has a closer limit, because a little at every place would add up. Targets that
+    are less likely with the context count in the distance only.
     """
     at_random = np.array([comparison.at_random for comparison in comparisons])
     gains = np.array([comparison.gain for comparison in comparisons])
@@ -583,9 +589,9 @@ def check_same_answers(name: str, context: str, comparisons: Sequence[Comparison
     max_mean_gain = 3 * rounding.nats / math.sqrt(at_random.sum())
     ok = distance <= rounding.distance and gain <= max_gain and mean_gain <= max_mean_gain
     reason = (
-        f"without {context}, {len(comparisons)} answers differ by up to {distance:.2g}, their targets by up to "
-        f"{gain:+.2g} and on average by {mean_gain:+.2g} nats; rounding explains {rounding.distance:g}, {max_gain:g} "
-        f"and {max_mean_gain:.2g}"
+        f"asked again at {len(comparisons)} places without {context}: distributions differ by up to {distance:.2g} "
+        f"(rounding explains {rounding.distance:g}), with it targets gain up to {gain:.2g} nats ({max_gain:g}) and "
+        f"{mean_gain:.2g} on average ({max_mean_gain:.2g})"
     )
     return Check(name, ok, reason)
 
@@ -671,7 +677,7 @@ def score_fixed(
 def in_turns(probes: Sequence[Probe]) -> list[list[Probe]]:
     """Probes in the turns in which they are asked again, at most MAX_TURNS; later ones are left out.
 
-    Whoever is asked remembers what it saw. So a place is asked before every other one whose row shows its target.
+    A process may remember what it was asked. So a place is asked before every other place whose row shows its target.
     """
     probes = sorted(probes, key=lambda probe: probe.position)
     positions = np.array([probe.position for probe in probes])
@@ -738,7 +744,7 @@ def check_fixed(
 def check_unseen(
     process: RecordProcess, scores: UnitScores, folder: Path, tokenizer: Path, sample: int, rng: np.random.Generator
 ) -> Check:
-    """Whether the scored text is not much easier than another one of its source, as it is for who trained on it."""
+    """Whether the scored text is about as hard as another one of its source. A model trained on it finds it easier."""
     split = load_split(folder, tokenizer, process.config)
     other, _ = score_fixed(process, split, sample, rng)
     gap = other.bpb - scores.bpb
@@ -765,10 +771,10 @@ def score_adaptive(
 ) -> tuple[UnitScores, list[Check]]:
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
-    `twin` observes the same, but is asked for some chunks with older text from a secret place on: whoever looks ahead
-    in a chunk answers something else there. It is a process of its own because the scored one would remember the
-    chunk. The place is chosen when the scored prediction is there. In every second of these chunks it is one where the
-    record knew a lot, as ProbeSampler chooses them.
+    `twin` observes the same. For some chunks it is asked to predict a copy in which older text replaces everything from
+    a secret place on: a predictor that looks ahead answers something else at that place. The twin is a process of its
+    own because the scored one might remember the chunk. The place is chosen after the scored prediction was made. In
+    every second of these chunks it is one where the record knew a lot, as ProbeSampler chooses them.
     """
     ids = split.ids.astype(np.int64)
     size = process.config.eval_seq_len
@@ -859,7 +865,7 @@ class Options:
     documents: Path | None = None  # the text itself, to count its bytes
     unseen: Path | None = None  # folder of shards with another text of the same source
     sample: int = 0  # documents to score: at random, or for class B the first ones; 0 means all
-    seed: int | None = None  # of the sample and of the secret places; None: nobody can know them
+    seed: int | None = None  # of the sample and of the secret places; None draws a new one
     answer_seconds: float = 600.0
     memory_bytes: int = 8 * 2**30  # of address space, for each of the record's processes
 

@@ -1,6 +1,7 @@
 """Trains a record again from its script, where the validation text does not exist, and scores what comes out.
 
-A score that comes from the validation text itself does not come again. tools/verify.py --rerun is the command.
+A score that was reached by training on the validation text cannot be reached without it. The command is
+tools/verify.py --rerun.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def train_again(training: Training, out: Path, limits: Limits, max_seconds: floa
     }
 
     with (out / "screen.txt").open("w+b") as screen:
-        process = Sandboxed(["/record/train_gpt.py"], binds, limits, env, stdout=screen, stderr=screen)
+        process = Sandboxed(
+            ["/record/train_gpt.py"], binds, limits, env, stdin=subprocess.DEVNULL, stdout=screen, stderr=screen
+        )
         try:
             status = process.popen.wait(max_seconds)
         except subprocess.TimeoutExpired:
@@ -117,7 +120,7 @@ def train_again(training: Training, out: Path, limits: Limits, max_seconds: floa
 
 
 def make_decoy(training: Training, folder: Path) -> None:
-    """In place of the validation split, one of training text: as long, so that the script finds what it looks for."""
+    """Write training text under the names of the validation split, as long as that one if there is enough."""
     n_tokens = len(tg.TokenStream(str(training.data), "fineweb_val_[0-9]*.bin"))
     train = tg.TokenStream(str(training.data), "fineweb_train_[0-9]*.bin")
     ids = train.read(0, min(n_tokens, len(train)))
@@ -154,7 +157,8 @@ def check_training(submission: Submission, seed: str, artifact: Path, result: Se
     problems = []
     if track and track.max_total_bytes is not None and n_bytes > track.max_total_bytes:
         problems.append(f"{n_bytes} bytes in all, the track allows {track.max_total_bytes}")
-    if track and track.max_train_seconds is not None and result.train_seconds > track.max_train_seconds:
+    # Written so that NaN, which the script may well report, is a problem too.
+    if track and track.max_train_seconds is not None and not result.train_seconds <= track.max_train_seconds:
         problems.append(f"{result.train_seconds:.1f} s of training, the track allows {track.max_train_seconds:g}")
     summary = f"seed {seed}, validation text hidden: {n_bytes} bytes in all, {result.train_seconds:.1f} s of training"
     return verdict("train", problems, summary)

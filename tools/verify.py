@@ -1,7 +1,7 @@
 """Says whether a record can be trusted, one line per check, and exits with 0 if all of them pass.
 
     python tools/verify.py records/TRACK/FOLDER              from its files alone, in a second
-    python tools/verify.py FOLDER --rescore                  scores its artifact again: no network, none of its own sums
+    python tools/verify.py FOLDER --rescore                  scores its artifact again, in a sandbox, by our sums
     python tools/verify.py FOLDER --rescore --sample 200     the same for 200 documents, with an interval
     python tools/verify.py FOLDER --rerun --data DATA        trains again from its script, and scores what comes out
 
@@ -648,7 +648,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", type=Path, help="the text itself, .jsonl, to count its bytes")
     parser.add_argument("--unseen", type=Path, help="folder of shards with another text of the same source")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="documents to score (class B: the first N)")
-    parser.add_argument("--seed", type=int, help="of the sample and of the secret places; default: nobody can know it")
+    parser.add_argument("--seed", type=int, help="of the sample and of the secret places; default: a new one")
     parser.add_argument("--run-seed", default="", help="seed for --rerun; default: the first of the record")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
     parser.add_argument("--train-timeout", type=float, help="seconds for --rerun; default: 1800 + twice its own limit")

@@ -191,7 +191,9 @@ class Hyperparameters:
     ema_decay: float = setting(0.9965, high=0.999999)  # per step, of the weights' average, which is stored; 0 for none
 
     # Evaluation and log
-    val_batch_size: int = setting(524_288, low=1)  # tokens per forward pass over all ranks, at most
+    val_batch_size: int = setting(
+        524_288, low=1
+    )  # tokens per forward pass over all ranks, at most; but one row at least
     val_loss_every: int = 1000  # steps; 0 means only at the end
     val_max_tokens: int = 0  # score only so many tokens, for a quick look; 0 means all
     train_log_every: int = setting(200, low=1)  # steps
@@ -206,7 +208,7 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = setting(0.92, high=0.999999)
     muon_momentum_warmup_steps: int = 1500
     muon_backend_steps: int = 5  # Newton-Schulz iterations
-    muon_row_normalize: bool = True  # scale the momentum's rows to length 1 before orthogonalizing (MuonEq-R)
+    muon_row_normalize: bool = True  # scale the rows of a step to length 1 before orthogonalizing (MuonEq-R)
     polar_express: bool = True  # each Newton-Schulz iteration has a polynomial of its own
     muon_wd: float = 0.095  # weight decay of the matrices, per step and learning rate
     embed_wd: float = 0.085  # of the embedding
@@ -469,7 +471,7 @@ def key_values(values: Mapping[str, Any]) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
+    """Write a file atomically: under its name stands all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(data)
@@ -836,7 +838,7 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
 def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, Callable[..., Tensor]]:
     """Functions to train and to evaluate with: the model's `loss` and `forward`, compiled if `enabled`.
 
-    CUDA compiles the whole graph. A CPU compiles blocks and loss one by one, which is sooner done.
+    On CUDA the whole graph is compiled. On a CPU blocks and loss are compiled separately, which takes less time.
     """
     if not enabled:
         return model.loss, model.forward
@@ -862,7 +864,8 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, Callable[..., Tens
 
 # The polynomial a x + b x^3 + c x^5 of every Newton-Schulz iteration (kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# The best polynomial of each iteration, given what the ones before it leave (Amsel et al. 2025). The last one repeats.
+# Each is the best polynomial for the interval that the ones before it map singular values to (Amsel et al. 2025). The
+# last one repeats.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -872,12 +875,13 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype) -> Tensor:
     """Replace the singular values of every matrix by values near 1. (N, R, C) -> (N, R, C) in `dtype`
 
-    This is the quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases. Singular values
-    land in about [0.7, 1.2], or [0.85, 1.15] with POLAR_EXPRESS: the polynomials give up accuracy at 1 for a steep
-    slope at 0, which lifts weak directions.
+    This is the quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases. N matrices have
+    one shape. After five iterations, singular values above 0.003 of the largest land in about [0.7, 1.2]; with
+    POLAR_EXPRESS those above 0.001 in [0.85, 1.15]. The polynomials give up accuracy at 1 for a steep slope at 0, which
+    lifts weak directions.
     """
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
@@ -896,10 +900,12 @@ def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized step (Jordan et al. 2024), for the matrices inside the blocks only.
 
-    MATRIX_LR is the spectral norm of a step, times sqrt(rows / columns) for tall matrices, for an equal RMS change.
-    Matrices of one shape form a group: they are stacked and orthogonalized together. Every rank takes a share of each
-    stack, and one all-reduce hands the results round. Every rank keeps all momentum, so that any of them can save the
-    run.
+    A step has a spectral norm of about MATRIX_LR, times sqrt(rows / columns) for tall matrices. So entries change by
+    about MATRIX_LR / sqrt(columns) (RMS), whatever the shape.
+
+    Matrices of one shape form a group: they are stacked and orthogonalized together. Every rank orthogonalizes a share
+    of each stack, and one all-reduce hands the results round. The momentum is kept whole on every rank, since each of
+    them has all gradients anyway.
     """
 
     def __init__(self, params: list[nn.Parameter], hp: Hyperparameters, world: World) -> None:
@@ -911,17 +917,17 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        updates = [self.update_share(group) for group in self.param_groups]
+        updates = [self.partial_update(group) for group in self.param_groups]
         self.world.sum_all(updates)
 
         for group, update in zip(self.param_groups, updates, strict=True):
-            rows_per_column = update.size(1) / update.size(2)
-            lr = group["lr"] * max(1.0, rows_per_column) ** 0.5
+            aspect_ratio = update.size(1) / update.size(2)
+            lr = group["lr"] * max(1.0, aspect_ratio) ** 0.5
             torch._foreach_mul_(group["params"], 1.0 - group["lr"] * self.hp.muon_wd)
             torch._foreach_add_(group["params"], list(update.float().unbind()), alpha=-lr)
 
-    def update_share(self, group: dict[str, Any]) -> Tensor:
-        """The orthogonalized directions of this rank's share of a group; 0 for the others. -> (N, R, C)"""
+    def partial_update(self, group: dict[str, Any]) -> Tensor:
+        """The orthogonalized directions of a group, 0 outside this rank's share. -> (N, R, C), to sum over the ranks"""
         params: list[nn.Parameter] = group["params"]
         grads = torch.stack([cast(Tensor, p.grad) for p in params])
 
@@ -1115,11 +1121,13 @@ class Loader:
 # ----------------------------------------------------------------------------------------------------------------------
 
 JUDGE_VERSION = 2  # rises whenever a function of this section could give another score
-EVAL_LOGITS = 2**25  # logits per rank and forward pass, at most (128 MiB in float32); fixed, so that scores repeat
+# Logits per rank and forward pass, at most: 128 MiB in float32. A constant, not fitted to the memory at hand, because
+# the shape of a batch changes how sums are rounded.
+EVAL_LOGITS = 2**25
 
 
 class Score(NamedTuple):
-    """Three exact sums over the targets of a split, and what follows from them."""
+    """Sums over the targets of a split, nats in float64, tokens and bytes exactly, and what follows from them."""
 
     nats: float
     tokens: int
@@ -1169,7 +1177,7 @@ def piece_bytes(sp: spm.SentencePieceProcessor, ids: np.ndarray) -> np.ndarray:
             is_special[i] = True
         elif mark in piece[1:]:
             raise ValueError(
-                f"TOKENIZER_PATH has piece {i} {piece!a}, which tells no bytes: use data with a byte sidecar"
+                f"TOKENIZER_PATH has piece {i} {piece!a}, whose bytes are ambiguous: use data with a byte sidecar"
             )
         else:
             lengths[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(mark).encode())
@@ -1197,9 +1205,13 @@ def load_tokenizer(
         )
 
     if n_pieces != vocab_size:
-        raise ValueError(f"TOKENIZER_PATH={path!r} has {n_pieces} pieces, not VOCAB_SIZE={vocab_size}: set it so")
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} has {n_pieces} pieces, not VOCAB_SIZE={vocab_size}: set VOCAB_SIZE={n_pieces}"
+        )
     if sp.bos_id() != bos_id:
-        raise ValueError(f"TOKENIZER_PATH={path!r} has BOS id {sp.bos_id()}, not BOS_ID={bos_id}: set it so")
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} has BOS id {sp.bos_id()}, not BOS_ID={bos_id}: set BOS_ID={sp.bos_id()}"
+        )
     sha256 = hashlib.sha256(data).hexdigest()
     if known_sha256 and sha256 != known_sha256:
         raise ValueError(
@@ -1277,7 +1289,7 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
 
 
 class Window(NamedTuple):
-    """A stretch of text that the model sees at once: it is fed ids[start : stop - 1], and ids[first : stop] count."""
+    """A stretch of text that the model sees at once. It is fed ids[start : stop - 1]; ids[first : stop] are scored."""
 
     start: int
     first: int
@@ -1289,34 +1301,38 @@ class Window(NamedTuple):
 
 
 def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
-    """Windows that score every position but 0 of `ids` (N,) exactly once, the tail included.
+    """Windows that score every position but 0 of `ids` (N,) exactly once, up to the last token of the split.
 
-    EVAL_METHOD=flat goes through the split as one text. `document` starts anew with every document, whose last window
-    also scores the BOS of the next. The first window of a text scores all that fits into EVAL_SEQ_LEN inputs, and each
-    further one the next EVAL_STRIDE targets, so that a stride below EVAL_SEQ_LEN leaves room for context.
+    EVAL_METHOD=flat takes the split as one segment. With `document` every document is a segment, whose last window also
+    scores the BOS of the next document. The first window of a segment scores all that fits into EVAL_SEQ_LEN inputs.
+    Each later one scores the next EVAL_STRIDE targets, so that a stride below EVAL_SEQ_LEN leaves room for context.
     """
     seq_len = config.eval_seq_len
     stride = config.eval_stride or seq_len
-    context = seq_len - stride  # inputs before the first target of a further window
+    context = seq_len - stride  # inputs before the first target of a later window
 
-    # Each text is given by the position before its first target and the one behind its last.
+    # Segment i has the targets starts[i] + 1 to ends[i] - 1.
     starts = [0]
     if config.eval_method == "document":
         starts += (np.flatnonzero(ids[1:] == config.bos_id) + 1).tolist()
     ends = [start + 1 for start in starts[1:]] + [len(ids)]
 
-    for text_start, end in zip(starts, ends, strict=True):
-        first = text_start + 1
+    for segment_start, end in zip(starts, ends, strict=True):
+        first = segment_start + 1
         stop = first + seq_len
         while first < end:
-            start = max(text_start, first - 1 - context)
+            # Only the first window would reach back beyond its segment.
+            start = max(segment_start, first - 1 - context)
             yield Window(start, first, min(stop, end))
             first = stop
             stop += stride
 
 
 def pack_rows(windows: Iterable[Window], ids: np.ndarray, config: GPTConfig) -> list[list[Window]]:
-    """Windows by row of EVAL_SEQ_LEN inputs, in order. With document masks, windows that start with a BOS can share."""
+    """Windows by row of EVAL_SEQ_LEN inputs, in order.
+
+    With document masks, a window that starts with a BOS may stand behind another one in its row.
+    """
     rows = list[list[Window]]()
     room = 0  # inputs that still fit into the last row
     for window in windows:
@@ -1334,11 +1350,11 @@ class RowBatch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    positions: Tensor  # where in the split the target stands if it counts here, else -1
+    positions: Tensor  # where in the split the target stands, or -1 where it is only context or padding
 
 
 def fill_rows(rows: Sequence[Sequence[Window]], ids: np.ndarray, n_rows: int, seq_len: int) -> RowBatch:
-    """Tokens of at most `n_rows` rows of windows, one window behind the other, padded with 0 at the right and below."""
+    """Tokens of at most `n_rows` rows of windows, one window after another, padded with 0 at the right and below."""
     batch = RowBatch(
         inputs=torch.zeros(n_rows, seq_len, dtype=torch.int64),
         targets=torch.zeros(n_rows, seq_len, dtype=torch.int64),
@@ -1369,14 +1385,16 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, val_batch_size: int, world: World) -> Score:
-    """Score a split: every token but the first is a target, once. A BOS costs nats and stands for 0 bytes.
+    """Score a split: every token but the first is a target, once.
 
-    Every forward pass has one shape: short rows and the last batch are padded, which a causal model cannot see. Sums
-    are float64 or integers, and the ranks meet in one collective at the end.
+    A BOS is a target too, though it stands for 0 bytes: the model has to know where a document ends. Every forward pass
+    has one shape. Padding follows the tokens of a row or fills rows of its own, so it changes no score. The ranks meet
+    in one collective at the end.
     """
     rows = pack_rows(scoring_windows(split.ids, config), split.ids, config)
     rank_share = world.share(len(rows))
-    n_rows = min(rows_per_pass(config, val_batch_size // world.size), math.ceil(len(rows) / world.size))
+    largest_share = math.ceil(len(rows) / world.size)
+    n_rows = min(rows_per_pass(config, val_batch_size // world.size), largest_share)
 
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes; on the CPU, because MPS has no float64
     for begin in range(rank_share.start, rank_share.stop, n_rows):
@@ -1385,10 +1403,11 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, val_batch_
         logits = logits_fn(batch.inputs.to(world.device))
         nats = target_nats(logits, batch.targets.to(world.device)).cpu()
 
-        counts = batch.positions >= 0
-        sums[0] += nats[counts].double().sum()
-        sums[1] += int(counts.sum())
-        sums[2] += int(split.bytes[batch.positions[counts].numpy()].sum(dtype=np.int64))
+        is_scored = batch.positions >= 0
+        positions = batch.positions[is_scored].numpy()
+        sums[0] += nats[is_scored].double().sum()
+        sums[1] += len(positions)
+        sums[2] += int(split.bytes[positions].sum(dtype=np.int64))
     world.sum_all([sums])
 
     if not bool(sums.isfinite().all()):
@@ -1641,7 +1660,7 @@ CALIBRATION_TOKENS = 8192  # per forward and backward pass, which keep more in m
 
 
 class LayerMoments(NamedTuple):
-    """Mean second moments of what goes into a layer, and of the loss's gradient by what comes out."""
+    """Mean second moments of what goes into a layer, and of the loss's gradient at its output."""
 
     inputs: Tensor  # (C, C)
     gradients: Tensor  # (R,)
@@ -1678,7 +1697,7 @@ class MomentHook:
 def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
     """Second moments per token of all coded layers, on the train batches from `step` on.
 
-    Takes GPTQ_CALIBRATION_BATCHES batches, fewer where MAX_WALLCLOCK_SECONDS end before, but a few sequences at least.
+    Takes GPTQ_CALIBRATION_BATCHES batches, fewer if the time limit comes first, but a few sequences at least.
     A looped layer adds up all its passes.
     """
     hp = run.hp
@@ -1738,14 +1757,14 @@ LOOKAHEAD = 16  # further columns that the decision takes into account
 
 
 class Trellis(NamedTuple):
-    """Which of two quantizers a code belongs to, as a finite automaton that reads the parities of the codes before."""
+    """A finite automaton that says which of two quantizers the next code belongs to. Parities of codes move it."""
 
     next_state: tuple[tuple[int, int], ...]  # by state and parity of the code
     quantizer: tuple[int, ...]  # by state
 
 
 # Dependent quantization (Fischer and Wang 1992; Schwarz et al. 2019): code k of quantizer 0 stands for k steps, of
-# quantizer 1 for k - sign(k) / 2 steps. Taking turns, they offer a grid twice as fine for about the same bits.
+# quantizer 1 for k - sign(k) / 2 steps. Together they offer a grid twice as fine, for a fraction of a bit more.
 TRELLISES = {
     1: Trellis(next_state=((0, 0),), quantizer=(0,)),  # the uniform quantizer
     4: Trellis(next_state=((0, 2), (2, 0), (1, 3), (3, 1)), quantizer=(0, 0, 1, 1)),
@@ -1757,7 +1776,7 @@ TRELLISES = {
 
 
 class Ways(NamedTuple):
-    """The two ways into each state of a trellis: from which state, by a code of which parity. Each (S,) int64."""
+    """The two ways into each state: from state_a by a code of parity_a, from state_b by one of parity_b. (S,) int64"""
 
     state_a: Tensor
     parity_a: Tensor
@@ -1768,7 +1787,8 @@ class Ways(NamedTuple):
 class Factor(NamedTuple):
     """Second moments M of a layer's inputs, factorized for GPTQ.
 
-    Errors e (C,) in a row of weights cost e M e^T = sum over j of cost[j] * (e @ feedback[:, j])**2.
+    Errors e (C,) in the weights of an output cost e M e^T, the mean square of what they do to it. The factor writes it
+    as a sum over columns j of cost[j] * (e @ feedback[:, j])**2, in which column j depends on errors up to j only.
     """
 
     feedback: Tensor  # (C, C) float32, 1 on the diagonal and 0 below
@@ -1778,13 +1798,14 @@ class Factor(NamedTuple):
 def factorize(moments: Tensor) -> Factor:
     """The factor of a layer with these moments (C, C) of its inputs.
 
-    The moments are damped, so that inputs which hardly occur need not mend the errors of others.
+    The moments are damped, so that columns whose inputs are nearly always 0 do not compensate for the others.
     """
-    exact = (moments.cpu() if moments.is_mps else moments).double()  # MPS has no float64
-    damping = GPTQ_DAMPING * exact.diagonal().mean() + 1e-30
-    exact = exact + damping * torch.eye(len(exact)).to(exact)
+    damped = (moments.cpu() if moments.is_mps else moments).double()  # MPS has no float64
+    damping = GPTQ_DAMPING * damped.diagonal().mean() + 1e-30
+    damped = damped + damping * torch.eye(len(damped)).to(damped)
 
-    upper = torch.linalg.cholesky(exact.flip(0, 1)).flip(0, 1)  # exact = upper @ upper.T
+    # Cholesky gives a lower triangle. Flipped before and after, it is an upper one: damped = upper @ upper.T.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     feedback = upper / upper.diagonal()
     cost = upper.diagonal().square()
     return Factor(feedback.float().to(moments.device), cost.float().to(moments.device))
@@ -1807,10 +1828,11 @@ def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
     (S, R) float32, (S, 1) 0 or 1/2 -> (2, S, R) float32
     """
     parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
-    size = ((x.abs() + shift - parity) / 2).round() * 2 + parity
-    # In quantizer 1, code 2 stands for 1.5, and the next even value below is 0, not -0.5.
-    size = torch.where((size == 2) & (shift > 0) & (x.abs() < 0.75), 0.0, size)
-    return size.clamp_max(MAX_CODE - 1 + parity).copysign(x)
+    magnitude = ((x.abs() + shift - parity) / 2).round() * 2 + parity
+    # The rounding takes codes of one parity to be 2 apart. But code 2 of quantizer 1 stands for 1.5: below 0.75, code 0 is
+    # nearer.
+    magnitude = torch.where((magnitude == 2) & (shift > 0) & (x.abs() < 0.75), 0.0, magnitude)
+    return magnitude.clamp_max(MAX_CODE - 1 + parity).copysign(x)
 
 
 def dequantize(codes: Tensor, quantizers: Tensor, step: Tensor) -> Tensor:
@@ -1822,7 +1844,7 @@ def quantizers_along(codes: np.ndarray, trellis: Trellis) -> np.ndarray:
     """The quantizer of each code, if every row starts in state 0. (R, C) int8 -> (R, C) uint8"""
     next_state = np.array(trellis.next_state)
     quantizer_of = np.array(trellis.quantizer, np.uint8)
-    parities = np.ascontiguousarray(codes.T) & 1
+    parities = np.ascontiguousarray(codes.T) & 1  # also 1 for odd codes below 0, in two's complement
     quantizers = np.empty_like(parities, dtype=np.uint8)
     state = np.zeros(len(codes), np.int64)
     for j, parity in enumerate(parities):
@@ -1835,10 +1857,9 @@ def quantizers_along(codes: np.ndarray, trellis: Trellis) -> np.ndarray:
 def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tensor:
     """GPTQ (Frantar et al. 2022) along a trellis. (R, C) float32, factor, (R, 1) float32 -> codes (R, C) int8
 
-    A Viterbi search goes along the columns, for all rows at once. It keeps one survivor per state: the cheapest codes
-    so far that end in it. An error in one column is mended in later ones, so each survivor has targets of its own. A
-    block of columns is decided together, after a look at some columns behind it. Then its errors are pushed on to the
-    rest.
+    A Viterbi search goes along the columns, for all rows at once. It keeps one survivor per state, the cheapest path
+    that ends there. Later columns compensate for the error in one, so each survivor has targets of its own. A block of
+    columns is decided together, after a look at the columns that follow it. Then its errors are fed to all the rest.
     """
     n_rows, n_columns = w.shape
     rows = torch.arange(n_rows, device=w.device)
@@ -1849,27 +1870,28 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
 
     codes = torch.empty_like(w, dtype=torch.int8)
     quantizers = torch.empty_like(w, dtype=torch.uint8)
-    pushed = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
+    from_blocks = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
     state = torch.zeros_like(rows)  # in which each row enters the block
 
     for begin in range(0, n_columns, BLOCK):
         end = min(begin + BLOCK, n_columns)
+        # One state has nothing to choose between, so looking ahead would change nothing.
         stop = min(end + LOOKAHEAD, n_columns) if states > 1 else end
         total = w.new_full((states, n_rows), math.inf)  # cost of the survivor of each state
         total[state, rows] = 0.0
         errors = w.new_zeros(stop - begin, states, n_rows)  # of each survivor, by column
-        last_code = torch.zeros_like(errors, dtype=torch.int8)  # by column, of the survivor there
-        took_b = torch.zeros_like(errors, dtype=torch.bool)  # by which way it came
+        last_code = torch.zeros_like(errors, dtype=torch.int8)  # that each survivor of a column took there
+        took_b = torch.zeros_like(errors, dtype=torch.bool)  # whether it came by way b
 
         # Forward: extend the survivors column by column.
         for i, j in enumerate(range(begin, stop)):
-            mended = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
-            target = w[:, j] + pushed[:, j] + mended
-            code = nearest_codes(target / step[:, 0], shift)  # (2, S, R), by parity and state before the column
+            from_block = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
+            target = w[:, j] + from_blocks[:, j] + from_block
+            code = nearest_codes(target / step[:, 0], shift)  # (parity, state before the column, row)
             value = (code - code.sign() * shift) * step[:, 0]
             costs = total + factor.cost[j] * (target - value).square()
 
-            cost_a = costs[ways.parity_a, ways.state_a]  # (S, R), by state behind the column
+            cost_a = costs[ways.parity_a, ways.state_a]  # (state after the column, row)
             cost_b = costs[ways.parity_b, ways.state_b]
             b_wins = cost_b < cost_a
             total = torch.where(b_wins, cost_b, cost_a)
@@ -1881,22 +1903,23 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
             took_b[i] = b_wins
 
         # Backward: read the codes off the cheapest survivor. Those of the lookahead will be decided again.
-        at = total.argmin(0)
+        path_state = total.argmin(0)
         for i, j in reversed(list(enumerate(range(begin, stop)))):
             if j == end - 1:
-                state = at  # the next block starts here
-            codes[:, j] = last_code[i, at, rows]
-            at = torch.where(took_b[i, at, rows], ways.state_b[at], ways.state_a[at])
-            quantizers[:, j] = quantizer_of[at]
+                state = path_state  # the next block starts here
+            codes[:, j] = last_code[i, path_state, rows]
+            came_by_b = took_b[i, path_state, rows]
+            path_state = torch.where(came_by_b, ways.state_b[path_state], ways.state_a[path_state])
+            quantizers[:, j] = quantizer_of[path_state]
 
         decided = slice(begin, end)
         error = w[:, decided] - dequantize(codes[:, decided], quantizers[:, decided], step)
-        pushed[:, end:] += error @ factor.feedback[decided, end:]
+        from_blocks[:, end:] += error @ factor.feedback[decided, end:]
     return codes
 
 
 class CodedLayer(NamedTuple):
-    exponents: np.ndarray  # (R,) uint8, of the rows' steps: see row_steps
+    exponents: np.ndarray  # (R,) uint8: row_steps makes steps of them
     codes: np.ndarray  # (R, C) int8
 
 
@@ -1916,20 +1939,20 @@ def row_steps(step: float, exponents: np.ndarray) -> Tensor:
 def finer_rows(moments: Moments, factors: dict[str, Factor]) -> dict[str, Tensor]:
     """By how many octaves each row's step is to be finer than that of the coarsest row. -> (R,) by name
 
-    To second order, independent errors of variance step**2 / 12 in a row of weights raise the loss by half of: the mean
-    square of the loss's gradient by the row's output, times the inputs' mean e M e^T (Factor). Steps in proportion to
-    1 / sqrt of that product make every weight of the model cost the same. Then a bit is worth the same everywhere, and
-    nothing is gained by moving one. The floor keeps rows usable whose outputs hardly matter in the calibration batches,
-    such as those of rare tokens.
+    Quantization errors of a row are about independent, with variance step**2 / 12. To second order they raise the loss
+    by E[g**2] / 2 * sum(cost) * step**2 / 12, where g is the loss's gradient at the row's output and cost that of its
+    Factor. Steps in proportion to 1 / sqrt(E[g**2] * mean cost) make every weight of the model cost the same. Then a
+    bit is worth the same everywhere, and nothing is gained by moving one. The floor keeps rows usable whose outputs
+    hardly matter in the calibration batches, such as those of rare tokens.
     """
-    worth = {}
+    sensitivity = {}
     for name, (_, gradients) in moments.items():
         floor = GRADIENT_FLOOR * gradients.mean() + 1e-30
-        worth[name] = (gradients + floor) * factors[name].cost.mean()
+        sensitivity[name] = (gradients + floor) * factors[name].cost.mean()
 
-    largest = max(1e-20, *(float(w.max()) for w in worth.values()))
-    # A dead layer is worth nothing: 32 octaves are as coarse as it gets.
-    octaves = {name: (w / largest).log2().clamp_min(-32.0) / 2 for name, w in worth.items()}
+    # A layer without gradients has no sensitivity. Its step is at most 2**16 times the finest.
+    largest = max(1e-20, *(float(x.max()) for x in sensitivity.values()))
+    octaves = {name: (x / largest).log2().clamp_min(-32.0) / 2 for name, x in sensitivity.items()}
     coarsest = min(float(o.min()) for o in octaves.values())
     return {name: o - coarsest for name, o in octaves.items()}
 
@@ -1937,19 +1960,22 @@ def finer_rows(moments: Moments, factors: dict[str, Factor]) -> dict[str, Tensor
 def code_layers(
     layers: dict[str, Tensor], factors: dict[str, Factor], finer: dict[str, Tensor], step: float, states: int
 ) -> CodedModel:
-    """Quantize all layers. `step` is that of the coarsest rows; it grows if codes would not reach all weights."""
+    """Quantize all layers, with `step` for the coarsest rows.
+
+    A row that needs a coarser step to reach its largest weight gets one, and becomes the coarsest.
+    """
     exponents = {}
     for name, w in layers.items():
-        largest = w.abs().amax(1).clamp_min(1e-30)
-        # By more octaves than this, codes up to MAX_CODE would no longer reach the row's largest weight.
-        most_octaves = (math.log2(step * MAX_CODE) - largest.log2()).clamp_max(32.0)
-        exponents[name] = torch.minimum((8 * finer[name]).round(), (8 * most_octaves).floor())
-    smallest = min(0, *(int(e.min()) for e in exponents.values()))
-    step = step * 2 ** (-smallest / 8)
+        peak = w.abs().amax(1).clamp_min(1e-30)
+        # With a step finer by more octaves than this, MAX_CODE would not reach the row's largest weight.
+        max_octaves = (math.log2(step * MAX_CODE) - peak.log2()).clamp_max(32.0)
+        exponents[name] = torch.minimum((8 * finer[name]).round(), (8 * max_octaves).floor())
+    lowest = min(0, *(int(e.min()) for e in exponents.values()))
+    step = step * 2 ** (-lowest / 8)
 
     coded = CodedModel(states, step, {})
     for name, w in layers.items():
-        stored = (exponents[name] - smallest).clamp_max(255).byte().cpu().numpy()
+        stored = (exponents[name] - lowest).clamp_max(255).byte().cpu().numpy()
         steps = row_steps(step, stored).to(w.device)
         codes = quantize_codes(w, factors[name], steps, states)
         coded.layers[name] = CodedLayer(stored, codes.cpu().numpy())
@@ -2214,7 +2240,7 @@ class ArtifactParts(NamedTuple):
 
 
 def parse_header(text: bytes) -> Header:
-    """Raises ValueError, or whatever else Python says to JSON of another form than ours."""
+    """Raises ValueError, or one of the errors that read_artifact catches, for a malformed header."""
     header = json.loads(zlib.decompressobj().decompress(text, MAX_HEADER_BYTES))
     version = header["format"]
     codec = header["codec"]
@@ -2371,11 +2397,11 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_
 # -- Size ------------------------------------------------------------------------------------------------------------
 
 CLOSE_ENOUGH = 0.995  # of the limit: a file between this and the limit ends the search
-AIM = 0.9975  # of the limit: the middle of these
-# A Gaussian weight takes so many bits more than its standard deviation lies octaves above the step.
+AIM = 0.9975  # of the limit: midway between CLOSE_ENOUGH and 1
+# A quantized Gaussian weight takes log2(standard deviation / step) bits plus this many: log2(2 pi e) / 2.
 GAUSSIAN_BITS = 2.05
-# With the same step, a trellis takes this times 2**-bits more bits per code than one state does.
-TRELLIS_BITS = 0.165
+# At the same step, a trellis takes this many bytes per code more than one state does, times 2**-bits.
+TRELLIS_BYTES = 0.165
 ATTEMPTS = 3  # with TRELLIS_STATES, after two with one state
 
 
@@ -2393,7 +2419,7 @@ class Attempt(NamedTuple):
 
 
 def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
-    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow. It uses 99.5 % of them if it can.
+    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 % of the limit.
 
     Looks for the step by the secant method: twice with one state, which is fast, then with TRELLIS_STATES.
     """
@@ -2407,51 +2433,52 @@ def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
 
     n_codes = sum(w.numel() for w in layers.values())
     limit = bytes_limit(model, n_codes, hp)
-    bits = 8 * (limit - bytes_besides_codes(model)) / n_codes
+    bits = 8 * (limit - bytes_besides_codes(model)) / n_codes  # that the limit leaves for a code
 
-    # The first guess takes all weights for Gaussian: by how many octaves are they, on average, above a step of 1?
-    octaves = 0.0
+    # The first guess assumes Gaussian weights: the mean of log2(standard deviation / step), for a coarsest step of 1.
+    gaussian_octaves = 0.0
     for name, w in layers.items():
         octaves_by_row = w.std(1).clamp_min(1e-9).log2() + finer[name]
-        octaves += float(octaves_by_row.sum()) * w.size(1)
-    step = 2 ** (octaves / n_codes + GAUSSIAN_BITS - bits)
+        gaussian_octaves += float(octaves_by_row.sum()) * w.size(1)
+    step = 2 ** (gaussian_octaves / n_codes + GAUSSIAN_BITS - bits)
 
     attempts: list[Attempt] = []
-    bytes_per_octave = n_codes / 8  # half the step takes a bit more per code, or less where many codes are 0
-    moved = 0.0  # octaves between the last two steps
+    bytes_per_octave = n_codes / 8  # halving the step costs about one bit per code, less where many codes are 0
+    move = 0.0  # octaves by which the step was made coarser
     for states in (1, 1, *[hp.trellis_states] * ATTEMPTS):
-        packed = pack_artifact(model, code_layers(layers, factors, finer, step, states))
-        run.log0(f"quantize: states:{states} step:{step:.6g} bytes:{len(packed)} limit:{limit}")
-        if moved and states == attempts[-1].states:
-            shrunk = len(attempts[-1].packed) - len(packed)
-            bytes_per_octave = max(shrunk / moved, n_codes / 24)
+        coded = code_layers(layers, factors, finer, step, states)
+        packed = pack_artifact(model, coded)
+        run.log0(f"quantize: states:{states} step:{coded.step:.6g} bytes:{len(packed)} limit:{limit}")
+        if move and states == attempts[-1].states:
+            saved = len(attempts[-1].packed) - len(packed)
+            bytes_per_octave = max(saved / move, n_codes / 24)  # a third of a bit per code at least
         attempts.append(Attempt(states, packed, len(packed) <= limit))
         if states == hp.trellis_states and CLOSE_ENOUGH * limit < len(packed) <= limit:
             break
 
         aim = AIM * limit
         if states < hp.trellis_states:
-            aim -= TRELLIS_BITS * n_codes * 2**-bits
-        moved = (len(packed) - aim) / bytes_per_octave
-        step *= 2**moved
+            aim -= TRELLIS_BYTES * n_codes * 2**-bits
+        move = (len(packed) - aim) / bytes_per_octave
+        step *= 2**move
     return max(attempts, key=lambda attempt: attempt.rank).packed
 
 
 def bytes_besides_codes(model: GPT) -> int:
-    """About what the file takes beside the codes: other weights, the coder's lanes and the header."""
+    """About what the file takes besides codes: other weights, exponents and classes, the coder's lanes, the header."""
     stored = [tensor.n_bytes for tensor in tensor_table(model, "trellis_ans") if tensor.kind != "codes"]
     most_rows = max(layer.weight.size(0) for layer in coded_layers(model).values())
     return sum(stored) + 4 * min(ANS_LANES, most_rows) + 1024
 
 
 def bytes_limit(model: GPT, n_codes: int, hp: Hyperparameters) -> int:
-    """The most bytes that the artifact may have."""
-    besides = bytes_besides_codes(model)
+    """The size to aim for: that of the largest artifact allowed, but not below half a bit per code."""
+    other_bytes = bytes_besides_codes(model)
     by_total = hp.max_total_bytes - Path(__file__).stat().st_size
-    by_weights = int(hp.max_weight_bits * n_codes / 8) + besides
-    # Codes of less than half a bit do not exist. A run that would need them will be over the limit.
-    least = besides + n_codes // 16
-    return max(least, min(by_total, by_weights))
+    by_weights = int(hp.max_weight_bits * n_codes / 8) + other_bytes
+    # Fewer bits would make no model. A run that had to go below ends over the limit, and says so.
+    lowest = other_bytes + n_codes // 16
+    return max(lowest, min(by_total, by_weights))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Scores a record from outside: its code turns ids into logits in a process of its own, everything else happens here.
+"""Scores a record without trusting its code, which turns ids into logits in a sandbox. Everything else happens here.
 
 The text, its bytes, the windows, the softmax and the sums are those of the root's train_gpt.py and of the documents, so
 that nothing the record's code does can change what is counted. A fixed predictor (class A) is asked for logits, and
@@ -68,10 +68,10 @@ MAX_CONFIG_BYTES = 2**16
 MAX_ROW_LOGITS = 2**28
 BATCH_TOKENS = 524_288  # per forward pass, at most
 
-# By default SentencePiece trains no longer pieces.
+# SentencePiece's default for the longest piece that it trains.
 MAX_PIECE_CHARACTERS = 16
 
-# At most this many places are asked again that were taken at random, and half as many where the record knew a lot.
+# Places that are asked again: up to this many at random, and up to half as many where the record did surprisingly well.
 PROBES = 512
 PROBE_ROWS = 32  # per forward pass, at most
 MAX_TURNS = 8
@@ -100,7 +100,7 @@ MAX_DEVIATIONS = 20  # of Rounding.nats, at a single place
 SAME_SCORE = 0.001
 # Bits per byte: a sample with a wider interval (half width at 95 %) is too small to be compared with a claim.
 MAX_INTERVAL = 0.1
-# Bits per byte by which the scored text may be easier than another one of its source, beyond what chance explains.
+# Bits per byte by which the scored text may be easier than unseen text of its source, beyond what chance explains.
 UNSEEN_GAP = 0.02
 
 

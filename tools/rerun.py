@@ -43,7 +43,7 @@ def rerun(
 ) -> tuple[list[Check], UnitScores | None]:
     """Train the record in `folder` with `seed`, then score the artifact. -> checks, and the score if there is one
 
-    The training may take `max_seconds`, by default twice the limit that the record set itself and half an hour.
+    The training may take `max_seconds`, by default half an hour more than twice the record's own limit.
     """
     if isolation() != "namespaces":
         reason = f"the validation text cannot be hidden from the script ({isolation()})"

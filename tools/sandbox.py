@@ -79,7 +79,7 @@ class Sandboxed:
         base_env = {"PATH": SEARCH_PATH, "HOME": "/tmp", "LANG": "C.UTF-8"}
 
         if isolation() == "namespaces":
-            # `env` may come from a record. It is set inside, after the programs that build the sandbox have run.
+            # `env` may come from a record. It is set inside, after all programs that have capabilities.
             spec = {"root": str(self.root), "program": program, "binds": binds, "bytes": limits.file_bytes, "env": env}
             command = [*UNSHARE, sys.executable, "-I", str(Path(__file__).resolve()), json.dumps(spec, default=str)]
             outer_env = base_env
@@ -101,7 +101,7 @@ class Sandboxed:
         if self.popen.poll() is not None:
             return  # its process id may be another program's by now
 
-        # The child of `unshare` is the first process of the namespace. With it ends what has left the process group.
+        # The child of `unshare` is the first process of the namespace. Killing it kills what left the process group, too.
         with contextlib.suppress(OSError):  # there is no child yet, or no /proc
             children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
             for child in children:
@@ -183,8 +183,10 @@ def main() -> None:
     build_root(spec["root"], spec["binds"], spec["bytes"])
     # The kernel does not hold the real root to this limit, so the judge should be run by an ordinary user.
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-    command = [*SETPRIV, sys.executable, "-I", *spec["program"]]
-    os.execve(shutil.which(SETPRIV[0]) or SETPRIV[0], command, spec["env"] | dict(os.environ))
+    # `env` follows setpriv, which still has all capabilities: a record's LD_PRELOAD must not reach it.
+    variables = [f"{name}={value}" for name, value in spec["env"].items() if name not in os.environ]
+    command = [*SETPRIV, "env", *variables, sys.executable, "-I", *spec["program"]]
+    os.execvp(SETPRIV[0], command)
 
 
 if __name__ == "__main__":

@@ -1829,8 +1829,8 @@ def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
     """
     parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
     magnitude = ((x.abs() + shift - parity) / 2).round() * 2 + parity
-    # The rounding takes codes of one parity to be 2 apart. But code 2 of quantizer 1 stands for 1.5: below 0.75, code 0 is
-    # nearer.
+    # The rounding takes codes of one parity to be 2 apart. But code 2 of quantizer 1 stands for 1.5, and below 0.75 the
+    # nearest even code is 0.
     magnitude = torch.where((magnitude == 2) & (shift > 0) & (x.abs() < 0.75), 0.0, magnitude)
     return magnitude.clamp_max(MAX_CODE - 1 + parity).copysign(x)
 

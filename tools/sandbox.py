@@ -101,7 +101,7 @@ class Sandboxed:
         if self.popen.poll() is not None:
             return  # its process id may be another program's by now
 
-        # The child of `unshare` is the first process of the namespace. Killing it ends what left the process group, too.
+        # The child of `unshare` is the first process of the namespace. Killing it ends what left the process group too.
         with contextlib.suppress(OSError):  # there is no child yet, or no /proc
             children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
             for child in children:

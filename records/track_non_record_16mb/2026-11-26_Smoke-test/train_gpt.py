@@ -1,0 +1,2701 @@
+"""Train a small GPT under a hard size limit and score it in bits per byte (bpb), all in this one file.
+
+    PRESET=smoke python train_gpt.py                            a laptop, a few minutes (data: see README)
+    python train_gpt.py                                         one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
+    EVAL_ARTIFACT=final_model.trellis.ptz python train_gpt.py   score an artifact again, without training
+
+A run trains for MAX_WALLCLOCK_SECONDS. Then it quantizes and compresses the weights, as finely as MAX_TOTAL_BYTES
+allows for code and artifact together, loads the file it wrote and scores that. The last line of the log,
+`final_trellis_ans_roundtrip_exact val_loss:... val_bpb:...`, is the result. A run over the limit saves everything, says
+so and exits with status 3, which torchrun turns into 1.
+
+Settings are environment variables: the fields of GPTConfig and Hyperparameters in upper case. PRESET picks their
+defaults.
+
+Writes   ARTIFACT_DIR/final_model.*.ptz   the scored model: a JSON header and compressed weights, never code
+         OUT_DIR/<RUN_ID>.txt             the log, as on the screen
+         OUT_DIR/<RUN_ID>.json            settings, identities, seconds, bytes and results of the run
+
+Interface for tools (all that they may use; everything else is free to change):
+         load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
+         module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
+         module.config                             GPTConfig
+         load_predictor(path, device)              only in records that adapt to the text they score (tools/judge.py)
+To import the script by path, enter the module into sys.modules before it is executed: dataclasses look it up there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import struct
+import sys
+import sysconfig
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # The recipe of this project, for 8 GPUs: the defaults below.
+    "record": "",
+    # The published baseline of the challenge: 17,059,912 parameters, about 15.9 MB as int8 + zlib.
+    "baseline": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
+    "VOCAB_SIZE=1024 NUM_LAYERS=9 MLP_MULT=2 LEAKY_RELU_SLOPE=0 ROPE_DIMS=0 LN_SCALE=0 XSA_LAST_N=0 "
+    "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0 SKIP_GATES_ENABLED=0 NUM_LOOPS=0 "
+    "DOCUMENT_MASKS=0 EVAL_METHOD=flat TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 "
+    "WARMDOWN_FRAC=0 SHUFFLE=0 MIN_LR=0 EMA_DECAY=0 GRAD_CLIP_NORM=0 QK_GAIN_INIT=1.5 MATRIX_LR=0.04 SCALAR_LR=0.04 "
+    "TIED_EMBED_LR=0.05 MUON_WD=0 EMBED_WD=0 ADAM_WD=0 BETA2=0.95 MUON_ROW_NORMALIZE=0 POLAR_EXPRESS=0 "
+    "MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 CODEC=int8_zlib",
+    # A first run on any machine, on text that `python data/build_shards.py` makes without a download.
+    "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
+    "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
+    "TRAIN_BATCH_TOKENS=2048 ITERATIONS=600 MAX_WALLCLOCK_SECONDS=90 EMA_DECAY=0.97 MUON_MOMENTUM_WARMUP_STEPS=100 "
+    "VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=20",
+}
+
+
+def setting(default: Any, low: float = 0, high: float = 1e15, choices: Sequence[Any] = ()) -> Any:
+    """A dataclass field with limits: a number from `low` to `high`, or one of `choices`."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the weights mean. Stored in the artifact, and enough to rebuild the model and to score it."""
+
+    vocab_size: int = setting(8192, low=1, high=65_536)
+    num_layers: int = setting(11, low=1, high=256)
+    model_dim: int = setting(512, low=2, high=16_384)
+    num_heads: int = setting(8, low=1, high=256)
+    num_kv_heads: int = setting(4, low=1, high=256)  # below num_heads: grouped-query attention
+    mlp_mult: int = setting(4, low=1, high=256)  # hidden width of the MLP / model_dim
+    leaky_relu_slope: float = setting(0.5, high=1)  # slope below 0 of the MLP's activation; 0 means relu
+    rope_base: float = setting(10_000.0, low=1, high=1e12)
+    rope_dims: int = 16  # channels of a head that carry its position; 0 means all
+    logit_softcap: float = setting(30.0, low=1e-3, high=1e6)  # logits stay within +-logit_softcap
+    ln_scale: bool = True  # layer i reads its normalised inputs times 1 / sqrt(i + 1)
+    xsa_last_n: int = setting(11, high=256)  # how many of the last layers use exclusive self attention
+    sparse_attn_gate_enabled: bool = True  # a gate per head and token on the output of attention
+    smear_gate_enabled: bool = True  # a gate adds the previous token's embedding
+    skip_gates_enabled: bool = True  # a gate per channel between the stream and a skip connection
+    num_loops: int = setting(2, high=256)  # extra passes through layers loop_start .. loop_end
+    loop_start: int = setting(3, high=256)
+    loop_end: int = setting(5, high=256)
+    document_masks: bool = True  # attention stays inside a document
+
+    bos_id: int = 1  # the token that starts every document
+    eval_method: str = setting("document", choices=("document", "flat"))  # see scoring_windows
+    eval_seq_len: int = setting(0, high=2**15)  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
+    eval_stride: int = setting(0, high=2**15)  # targets per further window of a text; 0 means EVAL_SEQ_LEN
+    # The dtype of activations. The run replaces auto by whichever of the other two the hardware is good at.
+    compute_dtype: str = setting("auto", choices=("auto", "bfloat16", "float32"))
+    tokenizer_sha256: str = ""  # set by the run
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
+        if self.model_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"MODEL_DIM={self.model_dim} must be a multiple of 2 * NUM_HEADS={2 * self.num_heads}: "
+                "RoPE rotates pairs of channels within a head"
+            )
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise ValueError(
+                f"ROPE_DIMS={self.rope_dims} must be even and at most MODEL_DIM / NUM_HEADS = {self.head_dim}"
+            )
+
+        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
+            raise ValueError(
+                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end} must name layers in order below "
+                f"NUM_LAYERS={self.num_layers}: set them, or NUM_LOOPS=0"
+            )
+        n_passes = len(self.layer_order(looping=True))
+        if n_passes > 256:
+            raise ValueError(f"NUM_LOOPS={self.num_loops} makes {n_passes} passes through layers: at most 256")
+
+        if self.bos_id >= self.vocab_size:
+            raise ValueError(f"BOS_ID={self.bos_id} must be below VOCAB_SIZE={self.vocab_size}")
+        if self.eval_seq_len and self.eval_stride > self.eval_seq_len:
+            raise ValueError(f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    def layer_order(self, looping: bool) -> list[int]:
+        """The layers in the order of execution."""
+        order = list(range(self.num_layers))
+        if not looping:
+            return order
+        loop = order[self.loop_start : self.loop_end + 1]
+        return order[: self.loop_start] + loop * self.num_loops + order[self.loop_start :]
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How the weights are found and where files lie. Logged, but not stored in the artifact."""
+
+    # The run and its files
+    preset: str = "record"
+    run_id: str = ""  # empty means a new uuid4
+    seed: int = 1337
+    data_path: str = "./data/datasets/fineweb10B_sp8192"  # holds fineweb_{train,val}_*.bin
+    tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
+    out_dir: str = "logs"
+    artifact_dir: str = "."
+    eval_artifact: str = ""  # score this file and stop
+    max_total_bytes: int = setting(16_000_000, low=1)  # code + artifact
+    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto means if CUDA or a C++ compiler is there
+
+    # Batches. A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank
+    # works through its share in micro-batches.
+    train_batch_tokens: int = setting(786_432, low=1)
+    train_seq_len: int = setting(2048, low=1, high=2**15)
+    shuffle: bool = True  # sequences of the train split in random order; 0 takes them as they lie
+    micro_batch_tokens: int = 0  # per rank and forward pass; 0 lets the run choose
+
+    # Schedule
+    iterations: int = 20_000  # steps, at most
+    max_wallclock_seconds: float = 600.0  # of training; 0 means no limit
+    warmup_steps: int = 20  # steps that compile the model before the clock starts and are undone; a CPU takes one
+    warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
+    warmdown_iters: int = 0  # the same in steps; above 0 it replaces WARMDOWN_FRAC
+    min_lr: float = setting(0.1, high=1)  # learning rate at the end / its base value
+    enable_looping_at: float = setting(0.35, high=1)  # part of the run after which layers are looped
+    ema_decay: float = setting(0.9965, high=0.999999)  # per step, of the weights' average, which is stored; 0 for none
+
+    # Evaluation and log
+    val_batch_size: int = setting(
+        524_288, low=1
+    )  # tokens per forward pass over all ranks, at most; but one row at least
+    val_loss_every: int = 1000  # steps; 0 means only at the end
+    val_max_tokens: int = 0  # score only so many tokens, for a quick look; 0 means all
+    train_log_every: int = setting(200, low=1)  # steps
+
+    # Initial values and optimizers
+    tied_embed_init_std: float = 0.005
+    qk_gain_init: float = 5.0
+    tied_embed_lr: float = 0.03
+    matrix_lr: float = 0.028
+    scalar_lr: float = 0.02
+    muon_momentum: float = setting(0.97, high=0.999999)
+    muon_momentum_warmup_start: float = setting(0.92, high=0.999999)
+    muon_momentum_warmup_steps: int = 1500
+    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    muon_row_normalize: bool = True  # scale the rows of a step to length 1 before orthogonalizing (MuonEq-R)
+    polar_express: bool = True  # each Newton-Schulz iteration has a polynomial of its own
+    muon_wd: float = 0.095  # weight decay of the matrices, per step and learning rate
+    embed_wd: float = 0.085  # of the embedding
+    adam_wd: float = 0.02  # of gains, scales and gates
+    beta1: float = setting(0.9, high=0.999999)
+    beta2: float = setting(0.99, high=0.999999)
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3  # 0 means no clipping
+
+    # Artifact. trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the way of the published baseline.
+    codec: str = setting("trellis_ans", choices=("trellis_ans", "int8_zlib"))
+    trellis_states: int = setting(8, choices=(1, 4, 8))  # one state is a uniform quantizer
+    max_weight_bits: float = setting(6.0, low=1, high=8)  # per coded weight, even if MAX_TOTAL_BYTES has room for more
+    gptq_calibration_batches: int = setting(16, low=1, high=1e6)  # steps' worth of training tokens
+    gptq_reserve_seconds: float = 4.0  # of MAX_WALLCLOCK_SECONDS, for the calibration
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.train_batch_tokens % self.train_seq_len:
+            raise ValueError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
+        if Path(self.run_id).name != self.run_id:
+            raise ValueError(f"RUN_ID={self.run_id!r} names files in OUT_DIR and must not hold a path")
+
+    @property
+    def seconds_for_steps(self) -> float:
+        """What MAX_WALLCLOCK_SECONDS leaves for training steps; 0 means no limit. The calibration gets at most half."""
+        limit = self.max_wallclock_seconds
+        if self.codec == "trellis_ans":
+            return limit - min(self.gptq_reserve_seconds, limit / 2)
+        return limit
+
+
+SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
+
+# Variables of launchers, libraries and CI systems start like this, and may look like a misspelt setting.
+FOREIGN = ("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH", "NCCL", "GLOO", "OMP", "MKL", "CUDA", "COMPILER")
+
+Settings = TypeVar("Settings", GPTConfig, Hyperparameters)
+
+
+def check_fields(settings: GPTConfig | Hyperparameters) -> None:
+    """Raise ValueError unless every field has exactly the type of its default and a value within its limits."""
+    for field in dataclasses.fields(settings):
+        name = field.name.upper()
+        value = getattr(settings, field.name)
+        kind = type(field.default)
+        if type(value) is not kind:
+            raise ValueError(f"{name}={value!r} must be of type {kind.__name__}")
+
+        if kind in (int, float):
+            low = field.metadata.get("low", 0)
+            high = field.metadata.get("high", 1e15)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value} must be from {low:g} to {high:g}")
+
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
+    """Build `cls`: field `num_layers` is NUM_LAYERS if that is set, else what PRESET says, else its default.
+
+    Raises ValueError, naming the variable, for an unknown preset, a misspelt variable or a value that cannot be meant.
+    """
+    preset = env.get("PRESET", "record")
+    if preset not in PRESETS:
+        raise ValueError(f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
+    reject_misspelt(env)
+
+    preset_values = dict(item.split("=") for item in PRESETS[preset].split())
+    texts = {**preset_values, **env}
+    values = dict[str, Any]()
+    for field in dataclasses.fields(cls):
+        name = field.name.upper()
+        if name in texts:
+            values[field.name] = parse_setting(name, texts[name], type(field.default))
+    return cls(**values)
+
+
+def parse_setting(name: str, text: str, kind: Any) -> Any:
+    """The value of variable `name` as a bool, int, float or str."""
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name}={text!r} must be 0 or 1")
+        return text == "1"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} must be of type {kind.__name__}") from None
+
+
+def reject_misspelt(env: Mapping[str, str]) -> None:
+    """Raise ValueError for a variable that is one edit away from a setting: it would be ignored without a word."""
+    if env.get("TIE_EMBEDDINGS", "1") != "1":
+        raise ValueError("TIE_EMBEDDINGS=0 is not supported, the embedding is always the output matrix too: unset it")
+    for name in sorted(env.keys() - SETTINGS):
+        if name.startswith(FOREIGN):
+            continue
+        similar = [known for known in sorted(SETTINGS) if one_edit_apart(name, known)]
+        if similar:
+            raise ValueError(f"{name}={env[name]!r} is not a setting: say {' or '.join(similar)}, or unset it")
+
+
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one insertion, deletion, substitution or swap of neighbours turns `a` into `b`."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+
+    one_letter = max(len(a), len(b)) == 1
+    swapped = len(a) == len(b) == 2 and a == b[::-1]
+    return one_letter or swapped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Runtime: ranks, device, dtype, compilation, clock, log, files
+# ----------------------------------------------------------------------------------------------------------------------
+
+Log = Callable[[str], None]
+
+
+def share(n: int, part: int, n_parts: int) -> range:
+    """Part number `part` of n things cut into contiguous parts whose sizes differ by at most one."""
+    return range(n * part // n_parts, n * (part + 1) // n_parts)
+
+
+class World(NamedTuple):
+    """This process among the processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, n: int) -> range:
+        """This rank's share of n things. No rank has a larger one than the last."""
+        return share(n, self.rank, self.size)
+
+    def sum_all(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each of the tensors, all of one dtype, over the ranks: in place, in one collective."""
+        if self.size == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        totals = flat.split([t.numel() for t in tensors])
+        for t, total in zip(tensors, totals, strict=True):
+            t.copy_(total.view_as(t))
+
+    def agree(self, x: float) -> float:
+        """Rank 0's `x` on every rank, for what the ranks must not decide differently. The others wait for rank 0."""
+        # The tensor lies on the CPU and goes through gloo, so that a GPU need not stop for it.
+        shared = torch.tensor(x, dtype=torch.float64)
+        if self.size > 1:
+            dist.broadcast(shared, src=0)
+        return float(shared)
+
+
+def start_world() -> World:
+    """Join the process group of torchrun, if there is one. Gloo carries CPU tensors, NCCL those on GPUs."""
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise ValueError(f"LOCAL_RANK={local_rank}, but there are {n_gpus} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available() and size == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, so that a clock read afterwards counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def pick_dtype(device: torch.device, compute_dtype: str = "auto") -> torch.dtype:
+    """The dtype COMPUTE_DTYPE names. auto: bfloat16 where the hardware multiplies matrices faster in it, or float32."""
+    if compute_dtype == "bfloat16":
+        return torch.bfloat16
+    if compute_dtype == "float32":
+        return torch.float32
+
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    else:
+        has_bfloat16 = False
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def wants_compile(hp: Hyperparameters, device: torch.device) -> bool:
+    """Whether to compile. COMPILE=auto: on CUDA, and on a CPU with a C++ compiler and the headers it needs."""
+    if hp.compile != "auto":
+        return hp.compile == "1"
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        return shutil.which(compiler) is not None and has_headers
+    return device.type == "cuda"
+
+
+class Ledger:
+    """Where the wall-clock time goes. One phase runs at a time; the time limit holds for train and calibrate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phase = "startup"
+        self.phase_began = time.perf_counter()
+        self.spent = dict[str, float]()  # seconds of the phases that are over
+
+    def switch(self, phase: str) -> None:
+        """End the phase that runs, once the device has finished its work, and begin another."""
+        synchronize(self.device)
+        self.spent[self.phase] = self.seconds(self.phase)
+        self.phase = phase
+        self.phase_began = time.perf_counter()
+
+    def seconds(self, phase: str) -> float:
+        """Seconds spent in a phase so far. Does not wait for the device."""
+        seconds = self.spent.get(phase, 0.0)
+        if phase == self.phase:
+            seconds += time.perf_counter() - self.phase_began
+        return seconds
+
+
+def open_log(path: Path, world: World) -> Log:
+    """The only function that writes lines: to the screen and to a file, on rank 0."""
+    if world.rank != 0:
+        return lambda line: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w", encoding="utf-8")
+
+    def log0(line: str) -> None:
+        print(line, flush=True)  # noqa: T201
+        print(line, file=file, flush=True)
+
+    return log0
+
+
+def key_values(values: Mapping[str, Any]) -> str:
+    """{"a": 1, "b": True} -> "a:1 b:1", the grammar of the log lines."""
+    items = []
+    for key, value in values.items():
+        items.append(f"{key}:{int(value) if isinstance(value, bool) else value}")
+    return " ".join(items)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically: under its name stands all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def proc_value(file: str, key: str) -> str:
+    """What Linux says behind `key` in a file of /proc; empty where there is no such file or key."""
+    if Path(file).exists():
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = proc_value("/proc/cpuinfo", "model name") or platform.machine()
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type}:{'_'.join(name.split())}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_mib(device: torch.device) -> tuple[int, int]:
+    """The most memory that was allocated and reserved: for tensors on a GPU, else by this process (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
+    peak_kib = proc_value("/proc/self/status", "VmHWM").removesuffix(" kB")
+    peak = int(peak_kib or 0) // 1024
+    return peak, peak
+
+
+@dataclass(frozen=True)
+class Run:
+    """What travels together through a run."""
+
+    config: GPTConfig
+    hp: Hyperparameters
+    world: World
+    ledger: Ledger
+    log0: Log
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Model
+# Shapes: B sequences, T positions, D model_dim, H num_heads, K num_kv_heads, E head_dim, V vocab_size
+# ----------------------------------------------------------------------------------------------------------------------
+
+NORM_EPS = 2.0**-23  # the machine epsilon of float32; torch's own default depends on its version and on the dtype
+GATE_INPUTS = 12  # channels that a gate looks at
+
+LossFn = Callable[[Tensor, Tensor, bool], Tensor]  # ids, targets and whether layers are looped -> mean nats
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class Linear(nn.Module):
+    """A matrix product without bias: float32 weight, product in the dtype of the input."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Gate(Linear):
+    """Gates in (0, 1), 1/2 at first. They look at a few channels of their input only, which suffices and is cheap."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(min(GATE_INPUTS, n_in), n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_in = self.weight.size(1)
+        return torch.sigmoid(super().forward(x[..., :n_in]))
+
+
+def rotary_table(seq_len: int, n_dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (Su et al. 2021), each (T, n_dims / 2), with dtype and device of `like`.
+
+    The angles are float32. In bfloat16, as in the published script, positions beyond 256 coincide, which costs 0.03
+    nats at a context of 512.
+    """
+    channel = torch.arange(0, n_dims, 2, device=like.device, dtype=torch.float32)
+    frequency = base ** -(channel / n_dims)
+    position = torch.arange(seq_len, device=like.device, dtype=torch.float32)
+    angle = torch.outer(position, frequency)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channels i and i + R / 2 of the first R of each head by the angle of the position. (B, H, T, E) -> same"""
+    half = cos.size(-1)
+    a = x[..., :half]
+    b = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def document_numbers(ids: Tensor, config: GPTConfig) -> Tensor:
+    """Which document of its row each token belongs to, or 0 for all without DOCUMENT_MASKS.
+
+    (B, T) int64 -> (B, T) int32, or (1, T) where all rows are alike.
+    """
+    if config.document_masks:
+        return (ids == config.bos_id).cumsum(1, dtype=torch.int32)
+    return torch.zeros_like(ids[:1], dtype=torch.int32)
+
+
+def attention_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 for a token's predecessors in its document and itself, else -inf.
+
+    (B, T) numbers of documents -> (B, 1, T, T)
+    """
+    visible = (document[:, :, None] == document[:, None, :]).tril_()
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, -math.inf)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention, causal if there is no mask. (B, H, T, E), (B, K, T, E), (B, K, T, E), (B, 1, T, T) -> (B, H, T, E)"""
+    n_groups = q.size(1) // k.size(1)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_groups > 1)
+    if q.device.type == "cpu":
+        return attend_in_blocks(q, k, v, mask)
+
+    # SDPA's fast kernels do not support grouped heads together with a mask.
+    k = k.repeat_interleave(n_groups, dim=1)
+    v = v.repeat_interleave(n_groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention for a CPU: block by block of queries, each on the keys up to its end. Up to twice as fast as SDPA."""
+    B, H, T, E = q.shape
+    K = k.size(1)
+    block_size = max(128, T // 8)
+    outputs = []
+    for start in range(0, T, block_size):
+        end = min(start + block_size, T)
+        # Heads that share keys are stacked, so that one product serves them all.
+        queries = q[:, :, start:end].reshape(B, K, -1, E) * E**-0.5
+        scores = (queries @ k[:, :, :end].mT).float().view(B, H, -1, end)
+        scores = scores + mask[:, :, start:end, :end]
+        weights = scores.softmax(-1).to(v.dtype).view(B, K, -1, end)
+        outputs.append((weights @ v[:, :, :end]).view(B, H, -1, E))
+    return torch.cat(outputs, dim=2)
+
+
+def drop_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention: outputs (B, H, T, E) less their part along the token's own value (B, K, T, E)."""
+    direction = F.normalize(v, dim=-1)[:, :, None]
+    y = y.unflatten(1, (v.size(1), -1))  # (B, K, H / K, T, E)
+    along = (y * direction).sum(-1, keepdim=True)
+    return (y - along * direction).flatten(1, 2)
+
+
+class Context(NamedTuple):
+    """What all layers share in a forward pass."""
+
+    x0: Tensor  # (B, T, D) normalised embeddings
+    cos: Tensor  # (T, R / 2)
+    sin: Tensor  # (T, R / 2)
+    mask: Tensor | None  # (B, 1, T, T); None means causal
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention. Queries and keys are normalised, a learned gain per head sets the sharpness."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+
+        self.c_q = Linear(config.model_dim, config.model_dim)
+        self.c_k = Linear(config.model_dim, kv_dim)
+        self.c_v = Linear(config.model_dim, kv_dim)
+        self.proj = Linear(config.model_dim, config.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(config.num_heads))
+        self.gate = Gate(config.model_dim, config.num_heads) if config.sparse_attn_gate_enabled else None
+        self.exclusive = layer >= config.num_layers - config.xsa_last_n
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        B, T, D = x.shape
+        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q = rotate(norm(q), context.cos, context.sin) * self.q_gain.to(q.dtype)[:, None, None]
+        k = rotate(norm(k), context.cos, context.sin)
+
+        y = attend(q, k, v, context.mask)
+        if self.exclusive:
+            y = drop_own_value(y, v)
+        y = y.transpose(1, 2)  # (B, T, H, E)
+        if self.gate is not None:
+            y = y * self.gate(x)[..., None]
+        return self.proj(y.reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc = Linear(config.model_dim, config.mlp_mult * config.model_dim)
+        self.proj = Linear(config.mlp_mult * config.model_dim, config.model_dim)
+        self.slope = config.leaky_relu_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())  # relu^2: So et al. 2021 (Primer)
+
+
+class Block(nn.Module):
+    """Attention and MLP on a residual stream that can blend the embedding `x0` back in."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.attn_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, config.model_dim))
+
+    def forward(self, x: Tensor, depth_scale: Tensor, context: Context) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        depth_scale = depth_scale.to(x.dtype)
+        x = mix[0] * x + mix[1] * context.x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * depth_scale, context)
+        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * depth_scale)
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder whose first half feeds its second half through skip connections, last to first (U-net).
+
+    While `looping`, layers loop_start .. loop_end run several times, and each pass counts as a layer of either half.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
+
+        # The embedding is also the output matrix: its rows are looked up at the start and multiplied at the end.
+        self.tok_emb = Linear(config.model_dim, config.vocab_size)
+        self.smear_gate = Gate(config.model_dim, 1) if config.smear_gate_enabled else None
+        self.smear_scale = nn.Parameter(torch.empty(1)) if config.smear_gate_enabled else None
+
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        n_skips = len(config.layer_order(looping=True)) // 2
+        self.skip_weights = nn.Parameter(torch.empty(n_skips, config.model_dim))
+        self.skip_gates = nn.Parameter(torch.empty(n_skips, config.model_dim)) if config.skip_gates_enabled else None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D), normalised."""
+        x = F.embedding(ids, self.tok_emb.weight).to(self.compute_dtype)
+        if self.smear_gate is not None and self.smear_scale is not None:
+            gate = self.smear_scale.to(x.dtype) * self.smear_gate(x)
+            # A document's first token gets nothing of the token before it, which belongs to another document.
+            gate = gate * (ids != self.config.bos_id)[..., None]
+            x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return norm(x)
+
+    def merge_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """The stream of the second half with a skip connection added, or blended in by a gate."""
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        gate = torch.sigmoid(self.skip_gates[index]).to(x.dtype)
+        return skip.lerp(x, gate)
+
+    def hidden(self, ids: Tensor, looping: bool = True) -> Tensor:
+        """(B, T) int64 -> (B, T, D), before the last normalisation."""
+        config = self.config
+        x0 = self.embed(ids)
+
+        cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
+        mask = None
+        if config.document_masks or ids.device.type == "cpu":
+            mask = attention_mask(document_numbers(ids, config), x0.dtype)
+        context = Context(x0, cos, sin, mask)
+
+        # A tensor, because torch.compile would compile every layer on its own for a number that differs by layer.
+        depth = torch.arange(1, config.num_layers + 1, device=ids.device, dtype=torch.float32)
+        depth_scale = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
+
+        # If x were the same tensor as x0, the first block would be compiled a second time.
+        x = x0.clone()
+        order = config.layer_order(looping)
+        n_encoder = len(order) // 2
+        skips: list[Tensor] = []
+        for i, layer in enumerate(order):
+            if i >= n_encoder and skips:
+                x = self.merge_skip(x, skips.pop(), i - n_encoder)
+            x = self.blocks[layer](x, depth_scale[layer], context)
+            if i < n_encoder:
+                skips.append(x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` returned -> (B, T, V) float32 within +-logit_softcap (Gemma 2, 2024)."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(self.tok_emb(norm(x)).float() / cap)
+
+    def hidden_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats per target of what `hidden` returned. (B, T, D), (B, T) int64 -> ()"""
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+
+    def forward(self, ids: Tensor, looping: bool = True) -> Tensor:
+        """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
+        return self.logits(self.hidden(ids, looping))
+
+    def loss(self, ids: Tensor, targets: Tensor, looping: bool = True) -> Tensor:
+        """Mean nats per target. (B, T) int64, (B, T) int64 -> ()"""
+        return self.hidden_loss(self.hidden(ids, looping), targets)
+
+
+@torch.no_grad()
+def init_weights(model: GPT, hp: Hyperparameters) -> None:
+    """Set every parameter; the same values on every device and rank for one SEED.
+
+    tok_emb                 N(0, TIED_EMBED_INIT_STD)
+    c_q, c_k, c_v, fc       U(-1, 1) / sqrt(fan in), as nn.Linear does
+    proj                    0: blocks start as the identity
+    the others              constants of the table below: gates half open, nothing smeared
+    """
+    constants: dict[str, Any] = {
+        "proj": 0.0,
+        "gate": 0.0,
+        "smear_gate": 0.0,
+        "smear_scale": 0.0,
+        "skip_gates": 0.0,
+        "skip_weights": 1.0,
+        "attn_scale": 1.0,
+        "mlp_scale": 1.0,
+        "q_gain": hp.qk_gain_init,
+        "resid_mix": [[1.0], [0.0]],  # all of the stream, nothing of the embedding
+    }
+    generator = torch.Generator().manual_seed(hp.seed)
+    for name, p in model.named_parameters():
+        kind = name.removesuffix(".weight").split(".")[-1]
+        value = torch.empty(p.shape)
+        if kind == "tok_emb":
+            value.normal_(0.0, hp.tied_embed_init_std, generator=generator)
+        elif kind in ("c_q", "c_k", "c_v", "fc"):
+            value.uniform_(-1.0, 1.0, generator=generator).mul_(p.size(1) ** -0.5)
+        else:
+            # A KeyError here means that a new parameter has no initial value yet.
+            value.copy_(torch.tensor(constants[kind]))
+        p.copy_(value)
+
+
+def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, Callable[..., Tensor]]:
+    """Functions to train and to evaluate with: the model's `loss` and `forward`, compiled if `enabled`.
+
+    On CUDA the whole graph is compiled. On a CPU blocks and loss are compiled separately, which takes less time.
+    """
+    if not enabled:
+        return model.loss, model.forward
+    options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
+    if next(model.parameters()).is_cuda:
+        return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
+
+    # Blocks of a few kinds meet batches of a few shapes, and the ninth combination would end the run.
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile(**options)
+    hidden_loss = torch.compile(model.hidden_loss, **options)
+
+    def loss_fn(ids: Tensor, targets: Tensor, looping: bool = True) -> Tensor:
+        return hidden_loss(model.hidden(ids, looping), targets)
+
+    return loss_fn, model.forward
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Optimizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The polynomial a x + b x^3 + c x^5 of every Newton-Schulz iteration (kellerjordan.github.io/posts/muon).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Each is the best polynomial for the interval that the ones before it map singular values to (Amsel et al. 2025). The
+# last one repeats.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype) -> Tensor:
+    """Replace the singular values of every matrix by values near 1. (N, R, C) -> (N, R, C) in `dtype`
+
+    This is the quintic Newton-Schulz iteration of Muon, zeropower_via_newtonschulz5 in other codebases. N matrices have
+    one shape. After five iterations, singular values above 0.003 of the largest land in about [0.7, 1.2]; with
+    POLAR_EXPRESS those above 0.001 in [0.85, 1.15]. The polynomials give up accuracy at 1 for a steep slope at 0, which
+    lifts weak directions.
+    """
+    x = g.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT  # so that the Gram matrix is the small one
+
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] if polar_express else NEWTON_SCHULZ
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalized step (Jordan et al. 2024), for the matrices inside the blocks only.
+
+    A step has a spectral norm of about MATRIX_LR, times sqrt(rows / columns) for tall matrices. So entries change by
+    about MATRIX_LR / sqrt(columns) (RMS), whatever the shape.
+
+    Matrices of one shape form a group: they are stacked and orthogonalized together. Every rank orthogonalizes a share
+    of each stack, and one all-reduce hands the results round. The momentum is kept whole on every rank, since each of
+    them has all gradients anyway.
+    """
+
+    def __init__(self, params: list[nn.Parameter], hp: Hyperparameters, world: World) -> None:
+        self.hp = hp
+        self.world = world
+        shapes = dict.fromkeys(p.shape for p in params)  # a set that keeps the order
+        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": hp.matrix_lr, "base_lr": hp.matrix_lr, "momentum": hp.muon_momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        updates = [self.partial_update(group) for group in self.param_groups]
+        self.world.sum_all(updates)
+
+        for group, update in zip(self.param_groups, updates, strict=True):
+            aspect_ratio = update.size(1) / update.size(2)
+            lr = group["lr"] * max(1.0, aspect_ratio) ** 0.5
+            torch._foreach_mul_(group["params"], 1.0 - group["lr"] * self.hp.muon_wd)
+            torch._foreach_add_(group["params"], list(update.float().unbind()), alpha=-lr)
+
+    def partial_update(self, group: dict[str, Any]) -> Tensor:
+        """The orthogonalized directions of a group, 0 outside this rank's share. -> (N, R, C), to sum over the ranks"""
+        params: list[nn.Parameter] = group["params"]
+        grads = torch.stack([cast(Tensor, p.grad) for p in params])
+
+        state = self.state[params[0]]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(grads)
+        momentum = state["momentum"]
+        momentum.mul_(group["momentum"]).add_(grads)
+
+        part = self.world.share(len(params))
+        nesterov = grads.add_(momentum, alpha=group["momentum"])[part.start : part.stop]
+        if self.hp.muon_row_normalize:
+            nesterov = nesterov / nesterov.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+        update = torch.zeros_like(grads, dtype=pick_dtype(grads.device))
+        update[part.start : part.stop] = orthogonalize(
+            nesterov, self.hp.muon_backend_steps, self.hp.polar_express, update.dtype
+        )
+        return update
+
+
+def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks; AdamW for the embedding, and for gains, scales and gates."""
+    embedding = [model.tok_emb.weight]
+    matrices = []
+    scalars = []
+    for name, p in model.named_parameters():
+        if p is model.tok_emb.weight:
+            continue
+        if name.startswith("blocks.") and name.endswith(".weight") and "gate" not in name:
+            matrices.append(p)
+        else:
+            scalars.append(p)
+
+    groups = [
+        {"params": embedding, "lr": hp.tied_embed_lr, "base_lr": hp.tied_embed_lr, "weight_decay": hp.embed_wd},
+        {"params": scalars, "lr": hp.scalar_lr, "base_lr": hp.scalar_lr, "weight_decay": hp.adam_wd},
+    ]
+    fused = world.device.type in ("cpu", "cuda")
+    adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=fused)
+    return [Muon(matrices, hp, world), adam]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The .bin format of llm.c, which data/shards.py writes.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
+
+HOW_TO_GET_DATA = (
+    "make shards and tokenizer with `python data/build_shards.py` (without arguments those of PRESET=smoke), or get "
+    "published ones with `python data/download.py` (those of PRESET=baseline)"
+)
+
+Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one .bin shard, memory-mapped. -> (N,) uint16, or a ValueError that names the file
+
+    llm.c layout: 256 little-endian int32 (magic, version, N, zeros), then N little-endian uint16. data/shards.py has
+    a reader of its own, because the data tools do without torch; tests/test_shards.py holds the two together.
+    """
+    remedy = "build it again with data/build_shards.py"
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if header.size < HEADER_INTS or header[0] != SHARD_MAGIC:
+        raise ValueError(f"{path} is not a token shard (its first bytes are not magic {SHARD_MAGIC}): {remedy}")
+    if header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} has shard version {header[1]}, not {SHARD_VERSION}: {remedy}")
+
+    declared = int(header[2])
+    stored = (path.stat().st_size - 4 * HEADER_INTS) / 2
+    if stored != declared:
+        state = "truncated" if stored < declared else "too long"
+        raise ValueError(f"{path} is {state}: its header says {declared} tokens, it holds {stored:g}: {remedy}")
+    if declared <= 0:
+        raise ValueError(f"{path} is empty: {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(declared,))
+
+
+class TokenStream:
+    """The shards of one split as one long sequence of tokens."""
+
+    def __init__(self, folder: str, pattern: str) -> None:
+        self.files = sorted(Path(folder).glob(pattern))
+        if not self.files:
+            raise FileNotFoundError(f"DATA_PATH={folder!r} holds no {pattern}: {HOW_TO_GET_DATA}")
+        self.shards = [read_shard(file) for file in self.files]
+        self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, across the edges of shards. -> (count,) uint16"""
+        parts = [np.zeros(0, "<u2")]
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            begin = end - len(shard)
+            if begin < start + count and start < end:
+                parts.append(shard[max(start - begin, 0) : start + count - begin])
+        return np.concatenate(parts)
+
+    def require_below(self, vocab_size: int, tokens: np.ndarray, start: int) -> None:
+        """Raise ValueError with file and offset if one of `tokens`, read at `start`, is not below `vocab_size`."""
+        if int(tokens.max()) < vocab_size:
+            return
+        first_bad = int(np.argmax(tokens >= vocab_size))
+        position = start + first_bad
+        shard = bisect.bisect_right(self.ends, position)
+        offset = position - (self.ends[shard] - len(self.shards[shard]))
+        raise ValueError(
+            f"{self.files[shard]} holds token {tokens[first_bad]} at offset {offset}, not below "
+            f"VOCAB_SIZE={vocab_size}: name the tokenizer of these shards"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """0 .. n - 1 in an order that seed and epoch decide, together with the version of numpy. -> (n,) int64"""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class Loader:
+    """Batches of the train split as a pure function of the step.
+
+    The split is cut into sequences of seq_len + 1 tokens that overlap by one. Step s takes the next n_sequences of
+    them, as they lie or shuffled, and starts over at the end (a new epoch). A rank takes a contiguous share, in
+    micro-batches of almost equal size. So neither ranks nor micro-batches change the tokens of a step.
+    """
+
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, vocab_size: int, world: World) -> None:
+        self.stream = stream
+        self.vocab_size = vocab_size
+        self.world = world
+        self.seq_len = hp.train_seq_len
+        self.seed = hp.seed
+        self.shuffle = hp.shuffle
+        self.n_sequences = hp.train_batch_tokens // hp.train_seq_len  # of a step, over all ranks
+        self.epoch_sequences = (len(stream) - 1) // hp.train_seq_len
+        # Sequences of a micro-batch. By default a rank takes its share at once, until fit_micro_batch sets a number.
+        self.micro_sequences = math.ceil(self.n_sequences / world.size)
+        if hp.micro_batch_tokens:
+            self.micro_sequences = max(1, hp.micro_batch_tokens // hp.train_seq_len)
+
+        if self.epoch_sequences < self.n_sequences:
+            raise ValueError(
+                f"DATA_PATH={hp.data_path!r} holds {len(stream)} train tokens, too few for one step of "
+                f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}: lower it"
+            )
+        if self.n_sequences < world.size:
+            raise ValueError(
+                f"WORLD_SIZE={world.size} exceeds the {self.n_sequences} sequences of a step: lower it or raise "
+                f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}"
+            )
+
+    def epoch(self, step: int) -> int:
+        return step * self.n_sequences // self.epoch_sequences
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Sequence `index` of the run. -> (T + 1,) uint16"""
+        epoch, place = divmod(index, self.epoch_sequences)
+        if self.shuffle:
+            place = int(shuffled(self.epoch_sequences, self.seed, epoch)[place])
+        start = place * self.seq_len
+        tokens = self.stream.read(start, self.seq_len + 1)
+        self.stream.require_below(self.vocab_size, tokens, start)
+        return tokens
+
+    def batch(self, step: int) -> Batch:
+        """This rank's micro-batches of a step. -> [(ids, targets)], each (b, T) int64 on the device"""
+        rank_share = self.world.share(self.n_sequences)
+        n_micro = math.ceil(len(rank_share) / self.micro_sequences)
+        pairs = []
+        for i in range(n_micro):
+            part = share(len(rank_share), i, n_micro)
+            places = rank_share[part.start : part.stop]
+            rows = [self.sequence(step * self.n_sequences + place) for place in places]
+            tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+            if self.world.device.type == "cuda":
+                tokens = tokens.pin_memory()  # without it the copy would wait for the device
+            tokens = tokens.to(self.world.device, non_blocking=tokens.is_pinned())
+            pairs.append((tokens[:, :-1], tokens[:, 1:]))
+        return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Score: bits per byte
+# ----------------------------------------------------------------------------------------------------------------------
+
+JUDGE_VERSION = 2  # rises whenever a function of this section could give another score
+# Logits per rank and forward pass, at most: 128 MiB in float32. A constant, not fitted to the memory at hand, because
+# the shape of a batch changes how sums are rounded.
+EVAL_LOGITS = 2**25
+
+
+class Score(NamedTuple):
+    """Sums over the targets of a split, nats in float64, tokens and bytes exactly, and what follows from them."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    partial: bool = False  # only a part of the split was scored
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token, which depend on the tokenizer."""
+        return self.nats / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte, which can be compared across tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    def line(self, digits: int) -> str:
+        """The score as it stands in the log."""
+        text = f"val_loss:{self.val_loss:.{digits}f} val_bpb:{self.val_bpb:.{digits}f}"
+        return f"{text} partial:{self.tokens}_targets" if self.partial else text
+
+
+class ValSplit(NamedTuple):
+    """The text to score."""
+
+    ids: np.ndarray  # (N,) uint16
+    bytes: np.ndarray  # (N,) uint16: bytes of text that each token stands for as a target
+    identity: dict[str, Any]  # what was loaded and how its bytes are counted; goes into the log
+
+
+def piece_bytes(sp: spm.SentencePieceProcessor, ids: np.ndarray) -> np.ndarray:
+    """Bytes of each token of normalised text, as the published challenge counts them. (N,) -> (N,) uint16
+
+    A piece counts its UTF-8 bytes, a byte piece 1, a control, unknown or unused piece 0. The mark U+2581 at the start
+    of a piece is one space, except after a control piece, where the tokenizer put it and the text has none. Text
+    that the tokenizer's normaliser folded is counted as folded, which is not the source text.
+    Raises ValueError for a tokenizer with the mark inside a piece, whose pieces do not tell the bytes.
+    """
+    mark = "\u2581"
+    n_pieces = sp.get_piece_size()
+    lengths = np.zeros(n_pieces, np.uint16)
+    is_special = np.zeros(n_pieces, bool)
+    has_space = np.zeros(n_pieces, bool)
+    for i in range(n_pieces):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            is_special[i] = True
+        elif mark in piece[1:]:
+            raise ValueError(
+                f"TOKENIZER_PATH has piece {i} {piece!a}, whose bytes are ambiguous: use data with a byte sidecar"
+            )
+        else:
+            lengths[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(mark).encode())
+            has_space[i] = piece.startswith(mark)
+
+    after_special = np.concatenate(([True], is_special[ids[:-1]]))
+    return lengths[ids] + (has_space[ids] & ~after_special)
+
+
+def load_tokenizer(
+    path: str, vocab_size: int, bos_id: int, known_sha256: str = ""
+) -> tuple[spm.SentencePieceProcessor, str]:
+    """The tokenizer and the sha256 of its file. Raises if it is missing, not a SentencePiece model, or another one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"TOKENIZER_PATH={path!r} does not exist: {HOW_TO_GET_DATA}")
+    data = Path(path).read_bytes()
+    try:
+        sp = spm.SentencePieceProcessor(model_proto=data)
+        n_pieces = sp.get_piece_size()
+    except (RuntimeError, OSError):
+        n_pieces = 0
+    if n_pieces == 0:
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} is not a SentencePiece model: name the .model file the shards were made with"
+        )
+
+    if n_pieces != vocab_size:
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} has {n_pieces} pieces, not VOCAB_SIZE={vocab_size}: set VOCAB_SIZE={n_pieces}"
+        )
+    if sp.bos_id() != bos_id:
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} has BOS id {sp.bos_id()}, not BOS_ID={bos_id}: set BOS_ID={sp.bos_id()}"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    if known_sha256 and sha256 != known_sha256:
+        raise ValueError(
+            f"TOKENIZER_PATH={path!r} has sha256 {sha256}, not the artifact's {known_sha256}: name that tokenizer"
+        )
+    return sp, sha256
+
+
+def load_val_split(
+    data_path: str, sp: spm.SentencePieceProcessor, tokenizer_sha256: str, max_tokens: int = 0
+) -> ValSplit:
+    """The split to score, or only its first `max_tokens`, with the bytes of every token.
+
+    The bytes come from the sidecar where the data has one, else from the tokenizer's pieces. Raises ValueError for ids
+    outside the vocabulary, and for files that contradict their manifest or each other.
+    """
+    stream = TokenStream(data_path, "fineweb_val_[0-9]*.bin")
+    files = list(stream.files)
+    ids = stream.read(0, len(stream))
+    stream.require_below(sp.get_piece_size(), ids, 0)
+
+    has_sidecar = any(Path(data_path).glob("fineweb_val_bytes_*.bin"))
+    if has_sidecar:
+        sidecar = TokenStream(data_path, "fineweb_val_bytes_*.bin")
+        files += sidecar.files
+        if len(sidecar) != len(ids):
+            raise ValueError(
+                f"DATA_PATH={data_path!r} has {len(ids)} validation tokens but {len(sidecar)} byte counts: "
+                "export it again with data/build_shards.py"
+            )
+        n_bytes = sidecar.read(0, len(sidecar))
+    else:
+        n_bytes = piece_bytes(sp, ids)
+
+    n_kept = min(len(ids), max_tokens or len(ids))
+    if not n_bytes[1:n_kept].any():
+        raise ValueError(f"DATA_PATH={data_path!r} has no text in its first {n_kept} validation tokens: score more")
+    identity = {
+        "val_tokens": len(ids),
+        "val_documents": int((ids == sp.bos_id()).sum()),
+        "val_bytes": int(n_bytes[1:].sum(dtype=np.int64)),
+        "val_accounting": "sidecar" if has_sidecar else "pieces",
+        "val_shards_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        **check_manifest(Path(data_path), files, tokenizer_sha256),
+        "partial": n_kept < len(ids),
+    }
+    return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
+
+
+def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> dict[str, Any]:
+    """What manifest.json adds to the identity of the validation split; raises ValueError if the files contradict it."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {"val_text_sha256": "unknown", "tokenizer_lossless": "unknown"}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        val = manifest["splits"]["val"]
+        tokenizer = manifest["tokenizer"]
+        listed = dict(val["files"])
+        listed_sha256 = str(tokenizer["sha256"])
+        identity = {"val_text_sha256": val["text_sha256"], "tokenizer_lossless": tokenizer["lossless"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a manifest of data/build_shards.py: export the data again") from None
+
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    for name in sorted({*found, *listed}):
+        if found.get(name) != listed.get(name):
+            raise ValueError(f"{folder / name} contradicts {path}: fetch or export the data again")
+    if tokenizer_sha256 != listed_sha256:
+        raise ValueError(
+            f"TOKENIZER_PATH has sha256 {tokenizer_sha256}, but {path} says {listed_sha256}: "
+            "name the tokenizer the data was made with"
+        )
+    return identity
+
+
+class Window(NamedTuple):
+    """A stretch of text that the model sees at once. It is fed ids[start : stop - 1]; ids[first : stop] are scored."""
+
+    start: int
+    first: int
+    stop: int
+
+    @property
+    def n_inputs(self) -> int:
+        return self.stop - 1 - self.start
+
+
+def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
+    """Windows that score every position but 0 of `ids` (N,) exactly once, up to the last token of the split.
+
+    EVAL_METHOD=flat takes the split as one segment. With `document` every document is a segment, whose last window also
+    scores the BOS of the next document. The first window of a segment scores all that fits into EVAL_SEQ_LEN inputs.
+    Each later one scores the next EVAL_STRIDE targets, so that a stride below EVAL_SEQ_LEN leaves room for context.
+    """
+    seq_len = config.eval_seq_len
+    stride = config.eval_stride or seq_len
+    context = seq_len - stride  # inputs before the first target of a later window
+
+    # Segment i has the targets starts[i] + 1 to ends[i] - 1.
+    starts = [0]
+    if config.eval_method == "document":
+        starts += (np.flatnonzero(ids[1:] == config.bos_id) + 1).tolist()
+    ends = [start + 1 for start in starts[1:]] + [len(ids)]
+
+    for segment_start, end in zip(starts, ends, strict=True):
+        first = segment_start + 1
+        stop = first + seq_len
+        while first < end:
+            # Only the first window would reach back beyond its segment.
+            start = max(segment_start, first - 1 - context)
+            yield Window(start, first, min(stop, end))
+            first = stop
+            stop += stride
+
+
+def pack_rows(windows: Iterable[Window], ids: np.ndarray, config: GPTConfig) -> list[list[Window]]:
+    """Windows by row of EVAL_SEQ_LEN inputs, in order.
+
+    With document masks, a window that starts with a BOS may stand behind another one in its row.
+    """
+    rows = list[list[Window]]()
+    room = 0  # inputs that still fit into the last row
+    for window in windows:
+        can_follow = config.document_masks and ids[window.start] == config.bos_id
+        if not can_follow or window.n_inputs > room:
+            rows.append([])
+            room = config.eval_seq_len
+        rows[-1].append(window)
+        room -= window.n_inputs
+    return rows
+
+
+class RowBatch(NamedTuple):
+    """The rows of one forward pass, each (n_rows, T) int64."""
+
+    inputs: Tensor
+    targets: Tensor
+    positions: Tensor  # where in the split the target stands, or -1 where it is only context or padding
+
+
+def fill_rows(rows: Sequence[Sequence[Window]], ids: np.ndarray, n_rows: int, seq_len: int) -> RowBatch:
+    """Tokens of at most `n_rows` rows of windows, one window after another, padded with 0 at the right and below."""
+    batch = RowBatch(
+        inputs=torch.zeros(n_rows, seq_len, dtype=torch.int64),
+        targets=torch.zeros(n_rows, seq_len, dtype=torch.int64),
+        positions=torch.full((n_rows, seq_len), -1),
+    )
+    for i, row in enumerate(rows):
+        column = 0
+        for window in row:
+            tokens = torch.from_numpy(ids[window.start : window.stop].astype(np.int64))
+            end = column + window.n_inputs
+            n_targets = window.stop - window.first
+            batch.inputs[i, column:end] = tokens[:-1]
+            batch.targets[i, column:end] = tokens[1:]
+            batch.positions[i, end - n_targets : end] = torch.arange(window.first, window.stop)
+            column = end
+    return batch
+
+
+def rows_per_pass(config: GPTConfig, max_tokens: int) -> int:
+    """Rows of EVAL_SEQ_LEN tokens in one forward pass: as many as `max_tokens` and EVAL_LOGITS allow, at least one."""
+    return max(1, min(max_tokens, EVAL_LOGITS // config.vocab_size) // config.eval_seq_len)
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target]. (B, T, V) float32, (B, T) int64 -> (B, T) float32"""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+@torch.no_grad()
+def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, val_batch_size: int, world: World) -> Score:
+    """Score a split: every token but the first is a target, once.
+
+    A BOS is a target too, though it stands for 0 bytes: the model has to know where a document ends. Every forward pass
+    has one shape. Padding follows the tokens of a row or fills rows of its own, so it changes no score. The ranks meet
+    in one collective at the end.
+    """
+    rows = pack_rows(scoring_windows(split.ids, config), split.ids, config)
+    rank_share = world.share(len(rows))
+    largest_share = math.ceil(len(rows) / world.size)
+    n_rows = min(rows_per_pass(config, val_batch_size // world.size), largest_share)
+
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes; on the CPU, because MPS has no float64
+    for begin in range(rank_share.start, rank_share.stop, n_rows):
+        end = min(begin + n_rows, rank_share.stop)
+        batch = fill_rows(rows[begin:end], split.ids, n_rows, config.eval_seq_len)
+        logits = logits_fn(batch.inputs.to(world.device))
+        nats = target_nats(logits, batch.targets.to(world.device)).cpu()
+
+        is_scored = batch.positions >= 0
+        positions = batch.positions[is_scored].numpy()
+        sums[0] += nats[is_scored].double().sum()
+        sums[1] += len(positions)
+        sums[2] += int(split.bytes[positions].sum(dtype=np.int64))
+    world.sum_all([sums])
+
+    if not bool(sums.isfinite().all()):
+        raise FloatingPointError("val_loss is not finite: the weights are useless, train with lower learning rates")
+    return Score(float(sums[0]), int(sums[1]), int(sums[2]), split.identity["partial"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+CUDA_MICRO_BATCH_TOKENS = 65_536  # fill any GPU
+CPU_MICRO_BATCH_TOKENS = 2_048  # whose activations stay in the caches
+
+
+class Learner(NamedTuple):
+    """What a training step works on and changes."""
+
+    model: GPT
+    loss_fn: LossFn
+    optimizers: list[torch.optim.Optimizer]
+
+
+@dataclass
+class Progress:
+    """The state of a run between two steps. Together with the weights and the optimizers' state it is all there is."""
+
+    average: list[Tensor]  # moving average of the weights; empty with EMA_DECAY=0
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent training, by rank 0's clock
+    train_loss: float = math.nan  # nats per token, of the last step
+    # What the last ten steps took.
+    recent_seconds: deque[float] = dataclasses.field(default_factory=lambda: deque([0.0], maxlen=10))
+
+    def finish_step(self, train_loss: float, seconds: float) -> None:
+        self.step += 1
+        self.train_loss = train_loss
+        self.recent_seconds.append(seconds - self.seconds)
+        self.seconds = seconds
+
+    def out_of_time(self, hp: Hyperparameters) -> bool:
+        """Whether the next step, if it took as long as the slowest of the last ten, would end too late."""
+        return 0 < hp.seconds_for_steps < self.seconds + max(self.recent_seconds)
+
+    def position(self, hp: Hyperparameters) -> str:
+        return f"step:{self.step}/{hp.iterations}"
+
+    def timing(self) -> str:
+        milliseconds = 1000 * self.seconds
+        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms"
+
+
+def part_done(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """Part of the run that is done, 0 to 1, by ITERATIONS or by the time limit, whichever is further."""
+    by_steps = step / max(hp.iterations, 1)
+    by_time = seconds / (hp.seconds_for_steps or math.inf)
+    return min(1.0, max(by_steps, by_time))
+
+
+def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
+    """Learning rate / its base value: 1, then linear to MIN_LR."""
+    if hp.warmdown_iters:
+        left_by_steps = (hp.iterations - step) / hp.warmdown_iters
+        # By time, the warmdown takes WARMDOWN_ITERS steps that last as long as those so far did on average.
+        seconds_left = hp.seconds_for_steps - seconds if hp.seconds_for_steps else math.inf
+        left_by_time = seconds_left * max(step, 1) / max(hp.warmdown_iters * seconds, 1e-9)
+        left = min(left_by_steps, left_by_time)
+    else:
+        left = (1.0 - part_done(step, seconds, hp)) / max(hp.warmdown_frac, 1e-9)
+    return min(1.0, max(left, hp.min_lr))
+
+
+def muon_momentum(step: int, hp: Hyperparameters) -> float:
+    """Rises linearly from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    done = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+    return hp.muon_momentum_warmup_start + done * (hp.muon_momentum - hp.muon_momentum_warmup_start)
+
+
+def update_average(average: list[Tensor], weights: list[Tensor], step: int, decay: float) -> None:
+    """Take the weights after step `step` (1 for the first) into an exponential moving average.
+
+    The weights of step s count decay ** (step - s), divided by the sum of all these, so that a short run's average is
+    not pulled towards where it started.
+    """
+    torch._foreach_lerp_(average, weights, (1.0 - decay) / (1.0 - decay**step))
+
+
+def fit_micro_batch(learner: Learner, loader: Loader, run: Run) -> None:
+    """Choose the loader's micro-batch, unless MICRO_BATCH_TOKENS is set.
+
+    On CUDA it is halved until a forward and backward pass fits into the memory of every rank.
+    """
+    if run.hp.micro_batch_tokens:
+        return
+    is_cuda = run.world.device.type == "cuda"
+    tokens = CUDA_MICRO_BATCH_TOKENS if is_cuda else CPU_MICRO_BATCH_TOKENS
+    largest = math.ceil(loader.n_sequences / run.world.size)
+    loader.micro_sequences = max(1, min(largest, tokens // loader.seq_len))
+    if not is_cuda:
+        return
+
+    while True:
+        failures = torch.zeros(())
+        try:
+            # Two of them, because the second one runs beside the gradients of the first.
+            for ids, targets in loader.batch(0)[-2:]:
+                learner.loss_fn(ids, targets, True).backward()
+        except torch.OutOfMemoryError:
+            failures += 1
+        learner.model.zero_grad(set_to_none=True)
+        run.world.sum_all([failures])
+        if not failures:
+            return
+
+        if loader.micro_sequences == 1:
+            raise ValueError(f"TRAIN_SEQ_LEN={loader.seq_len} does not fit into the GPU: lower it")
+        loader.micro_sequences //= 2
+        # The graphs of the larger shape are of no use any more, and their number is limited.
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, run: Run, looping: bool = True) -> Tensor:
+    """One step on this rank's micro-batches, weighted by their share of its tokens. -> () mean nats per token"""
+    train_loss = torch.zeros((), device=run.world.device)
+    for ids, targets in batch:
+        loss = learner.loss_fn(ids, targets, looping) * (targets.numel() / run.hp.train_batch_tokens)
+        loss.backward()
+        train_loss += loss.detach()
+
+    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    run.world.sum_all([*gradients, train_loss])
+    if run.hp.grad_clip_norm:
+        torch.nn.utils.clip_grad_norm_(learner.model.parameters(), run.hp.grad_clip_norm)
+
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+            if "momentum" in group:
+                group["momentum"] = momentum
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return train_loss
+
+
+def prime(learner: Learner, loader: Loader, steps: int, run: Run) -> None:
+    """Compile on real steps before the clock starts, on CUDA for each order of the layers, then undo the steps."""
+    weights = [p.detach().clone() for p in learner.model.parameters()]
+    orders = [True]
+    if run.world.device.type == "cuda" and run.config.num_loops > 0 and run.hp.enable_looping_at > 0:
+        orders = [False, True]
+
+    for looping in orders:
+        for step in range(steps):
+            train_step(learner, loader.batch(step), 1.0, run.hp.muon_momentum, run, looping)
+            run.log0(f"warmup_step:{step + 1}/{steps}")
+
+    with torch.no_grad():
+        torch._foreach_copy_(list(learner.model.parameters()), weights)
+    for optimizer in learner.optimizers:
+        optimizer.state.clear()
+
+
+def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], run: Run) -> dict[str, Any]:
+    """Run to ITERATIONS or the time limit, whichever comes first, then average and validate. -> results by log key
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    hp = run.hp
+    weights = [p.detach() for p in learner.model.parameters()]
+    progress = Progress(average=[w.clone() for w in weights] if hp.ema_decay else [])
+    results = dict[str, Any]()
+    looping = True
+    batch = loader.batch(0)
+    run.ledger.switch("train")
+
+    while True:
+        out_of_time = progress.out_of_time(hp)
+        finished = out_of_time or progress.step == hp.iterations
+
+        was_looping = looping
+        # Without loops the two orders are one. Asking for both would make a GPU compile the model twice.
+        if run.config.num_loops:
+            looping = finished or part_done(progress.step, progress.seconds, hp) >= hp.enable_looping_at
+        if looping and not was_looping:
+            order = ",".join(map(str, run.config.layer_order(looping)))
+            run.log0(f"layer_loop:enabled {progress.position(hp)} order:[{order}]")
+
+        if finished and progress.average:
+            torch._foreach_copy_(weights, progress.average)
+        if finished or (hp.val_loss_every and progress.step % hp.val_loss_every == 0):
+            run.ledger.switch("validate")
+            score = validate(looping)
+            run.log0(f"{progress.position(hp)} {score.line(4)} {progress.timing()}")
+            if progress.step == 0:
+                results["untrained_val_bpb"] = score.val_bpb
+            run.ledger.switch("train")
+        if finished:
+            break
+
+        scale = lr_scale(progress.step, progress.seconds, hp)
+        loss = train_step(learner, batch, scale, muon_momentum(progress.step, hp), run, looping)
+        if progress.average:
+            update_average(progress.average, weights, progress.step + 1, hp.ema_decay)
+        # The next batch is prepared while a GPU is busy with the step. float(loss) then waits for it.
+        batch = loader.batch(progress.step + 1)
+        train_loss = float(loss)
+
+        if not math.isfinite(train_loss):
+            message = (
+                f"train_loss is {train_loss} at step {progress.step + 1} (last good {progress.train_loss:.4f}): "
+                f"lower the learning rates (MATRIX_LR={hp.matrix_lr} ...) or set GRAD_CLIP_NORM=1"
+            )
+            run.log0(message)
+            raise FloatingPointError(message)
+
+        # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
+        progress.finish_step(train_loss, run.world.agree(run.ledger.seconds("train")))
+        if progress.step <= 10 or progress.step % hp.train_log_every == 0:
+            run.log0(f"{progress.position(hp)} train_loss:{train_loss:.4f} {progress.timing()}")
+        epoch = loader.epoch(progress.step)
+        if epoch > loader.epoch(progress.step - 1):
+            run.log0(f"epoch:{epoch + 1} starts at step:{progress.step}: the train split has been read to its end")
+
+    if out_of_time:
+        run.log0(f"stopping_early: wallclock_cap train_time:{1000 * progress.seconds:.0f}ms {progress.position(hp)}")
+    if progress.step:
+        results["train_loss"] = progress.train_loss
+        results["train_seconds"] = progress.seconds
+        results["tokens_per_second"] = round(progress.step * hp.train_batch_tokens / progress.seconds)
+    results["steps"] = progress.step
+    results["pre_quant_val_loss"] = score.val_loss
+    results["pre_quant_val_bpb"] = score.val_bpb
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Artifact
+#
+# Moments    what an error in each weight would cost, measured on training batches
+# Quantizer  turns weights into small whole numbers (codes), with errors where they cost least
+# Coder      writes codes in as few bytes as their frequencies allow
+# File       puts header and weights together, and reads them without trusting them
+# Size       looks for the quantizer's step with which the file just fits
+# ----------------------------------------------------------------------------------------------------------------------
+
+# -- Moments ---------------------------------------------------------------------------------------------------------
+
+CALIBRATION_TOKENS = 8192  # per forward and backward pass, which keep more in memory than those of a compiled graph
+
+
+class LayerMoments(NamedTuple):
+    """Mean second moments of what goes into a layer, and of the loss's gradient at its output."""
+
+    inputs: Tensor  # (C, C)
+    gradients: Tensor  # (R,)
+
+
+Moments = dict[str, LayerMoments]  # by name of the weight
+
+
+def coded_layers(model: GPT) -> dict[str, Linear]:
+    """The layers whose weights become codes, by name of the weight: all matrices but those of gates."""
+    return {f"{name}.weight": layer for name, layer in model.named_modules() if type(layer) is Linear}
+
+
+class MomentHook:
+    """Adds up the second moments of a layer while batches go forward and backward through it."""
+
+    def __init__(self, layer: Linear) -> None:
+        n_rows, n_columns = layer.weight.shape
+        device = layer.weight.device
+        inputs = torch.zeros(n_columns, n_columns, device=device)
+        gradients = torch.zeros(n_rows, device=device)
+        self.sums = LayerMoments(inputs, gradients)
+        self.handle = layer.register_forward_hook(self.add_inputs)
+
+    def add_inputs(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        self.sums.inputs.addmm_(x.mT, x)
+        output.register_hook(self.add_gradients)
+
+    def add_gradients(self, gradient: Tensor) -> None:
+        self.sums.gradients.add_(gradient.flatten(0, -2).float().square().sum(0))
+
+
+def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
+    """Second moments per token of all coded layers, on the train batches from `step` on.
+
+    Takes GPTQ_CALIBRATION_BATCHES batches, fewer if the time limit comes first, but a few sequences at least.
+    A looped layer adds up all its passes.
+    """
+    hp = run.hp
+    device = run.world.device
+
+    def seconds_spent() -> float:
+        return run.ledger.seconds("train") + run.ledger.seconds("calibrate")
+
+    # Rank 0's clock decides here too. The ranks compare clocks once, and each goes on with its own, corrected.
+    now = seconds_spent()
+    piece_began = run.world.agree(now)
+    correction = piece_began - now
+
+    hooks = {name: MomentHook(layer) for name, layer in coded_layers(model).items()}
+    n_tokens = torch.zeros((), device=device)
+    # Hooks do not see layers inside of compiled graphs.
+    with torch.compiler.set_stance("force_eager"):
+        for ids, targets in calibration_pieces(loader, step, hp.gptq_calibration_batches):
+            logits = model(ids)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+            model.zero_grad(set_to_none=True)
+            n_tokens += targets.numel()
+
+            synchronize(device)
+            now = seconds_spent() + correction
+            next_would_end = now + (now - piece_began)
+            if hp.max_wallclock_seconds and next_would_end > hp.max_wallclock_seconds:
+                break
+            piece_began = now
+
+    moments = {}
+    sums: list[Tensor] = []
+    for name, hook in hooks.items():
+        hook.handle.remove()
+        moments[name] = hook.sums
+        sums += hook.sums
+    run.world.sum_all([*sums, n_tokens])
+    torch._foreach_div_(sums, n_tokens)
+    return moments
+
+
+def calibration_pieces(loader: Loader, step: int, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and targets of this rank's batches from `step` on, CALIBRATION_TOKENS at a time."""
+    for i in range(n_batches):
+        for ids, targets in loader.batch(step + i):
+            n_rows = max(1, CALIBRATION_TOKENS // ids.size(1))
+            yield from zip(ids.split(n_rows), targets.split(n_rows), strict=True)
+
+
+# -- Quantizer -------------------------------------------------------------------------------------------------------
+
+GPTQ_DAMPING = 0.01  # added to the inputs' second moments, as a part of their mean
+GRADIENT_FLOOR = 0.3  # added to the gradients' second moments, as a part of their mean
+MAX_CODE = 127
+BLOCK = 64  # columns that are decided together
+LOOKAHEAD = 16  # further columns that the decision takes into account
+
+
+class Trellis(NamedTuple):
+    """A finite automaton that says which of two quantizers the next code belongs to. Parities of codes move it."""
+
+    next_state: tuple[tuple[int, int], ...]  # by state and parity of the code
+    quantizer: tuple[int, ...]  # by state
+
+
+# Dependent quantization (Fischer and Wang 1992; Schwarz et al. 2019): code k of quantizer 0 stands for k steps, of
+# quantizer 1 for k - sign(k) / 2 steps. Together they offer a grid twice as fine, for a fraction of a bit more.
+TRELLISES = {
+    1: Trellis(next_state=((0, 0),), quantizer=(0,)),  # the uniform quantizer
+    4: Trellis(next_state=((0, 2), (2, 0), (1, 3), (3, 1)), quantizer=(0, 0, 1, 1)),
+    8: Trellis(
+        next_state=((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
+        quantizer=(0, 1, 0, 1, 0, 1, 0, 1),
+    ),
+}
+
+
+class Ways(NamedTuple):
+    """The two ways into each state: from state_a by a code of parity_a, from state_b by one of parity_b. (S,) int64"""
+
+    state_a: Tensor
+    parity_a: Tensor
+    state_b: Tensor
+    parity_b: Tensor
+
+
+class Factor(NamedTuple):
+    """Second moments M of a layer's inputs, factorized for GPTQ.
+
+    Errors e (C,) in the weights of an output cost e M e^T, the mean square of what they do to it. The factor writes it
+    as a sum over columns j of cost[j] * (e @ feedback[:, j])**2, in which column j depends on errors up to j only.
+    """
+
+    feedback: Tensor  # (C, C) float32, 1 on the diagonal and 0 below
+    cost: Tensor  # (C,) float32
+
+
+def factorize(moments: Tensor) -> Factor:
+    """The factor of a layer with these moments (C, C) of its inputs.
+
+    The moments are damped, so that columns whose inputs are nearly always 0 do not compensate for the others.
+    """
+    damped = (moments.cpu() if moments.is_mps else moments).double()  # MPS has no float64
+    damping = GPTQ_DAMPING * damped.diagonal().mean() + 1e-30
+    damped = damped + damping * torch.eye(len(damped)).to(damped)
+
+    # Cholesky gives a lower triangle. Flipped before and after, it is an upper one: damped = upper @ upper.T.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    feedback = upper / upper.diagonal()
+    cost = upper.diagonal().square()
+    return Factor(feedback.float().to(moments.device), cost.float().to(moments.device))
+
+
+def ways_into(trellis: Trellis, device: torch.device) -> Ways:
+    ways = []
+    for target in range(len(trellis.next_state)):
+        into = []
+        for state, targets in enumerate(trellis.next_state):
+            into += [(state, parity) for parity in (0, 1) if targets[parity] == target]
+        way_a, way_b = into
+        ways.append((*way_a, *way_b))
+    return Ways(*torch.tensor(ways, device=device).unbind(1))
+
+
+def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
+    """For either parity, the code whose value is nearest to x, with x in steps and values k - sign(k) * shift.
+
+    (S, R) float32, (S, 1) 0 or 1/2 -> (2, S, R) float32
+    """
+    parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
+    magnitude = ((x.abs() + shift - parity) / 2).round() * 2 + parity
+    # The rounding takes codes of one parity to be 2 apart. But code 2 of quantizer 1 stands for 1.5, and below 0.75 the
+    # nearest even code is 0.
+    magnitude = torch.where((magnitude == 2) & (shift > 0) & (x.abs() < 0.75), 0.0, magnitude)
+    return magnitude.clamp_max(MAX_CODE - 1 + parity).copysign(x)
+
+
+def dequantize(codes: Tensor, quantizers: Tensor, step: Tensor) -> Tensor:
+    """(R, C) int8, (R, C) 0 or 1, (R, 1) float32 -> (R, C) float32"""
+    return (codes.float() - codes.sign().float() * quantizers / 2) * step
+
+
+def quantizers_along(codes: np.ndarray, trellis: Trellis) -> np.ndarray:
+    """The quantizer of each code, if every row starts in state 0. (R, C) int8 -> (R, C) uint8"""
+    next_state = np.array(trellis.next_state)
+    quantizer_of = np.array(trellis.quantizer, np.uint8)
+    parities = np.ascontiguousarray(codes.T) & 1  # also 1 for odd codes below 0, in two's complement
+    quantizers = np.empty_like(parities, dtype=np.uint8)
+    state = np.zeros(len(codes), np.int64)
+    for j, parity in enumerate(parities):
+        quantizers[j] = quantizer_of[state]
+        state = next_state[state, parity]
+    return quantizers.T
+
+
+@torch.no_grad()
+def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tensor:
+    """GPTQ (Frantar et al. 2022) along a trellis. (R, C) float32, factor, (R, 1) float32 -> codes (R, C) int8
+
+    A Viterbi search goes along the columns, for all rows at once. It keeps one survivor per state, the cheapest path
+    that ends there. Later columns compensate for the error in one, so each survivor has targets of its own. A block of
+    columns is decided together, after a look at the columns that follow it. Then its errors are fed to all the rest.
+    """
+    n_rows, n_columns = w.shape
+    rows = torch.arange(n_rows, device=w.device)
+    trellis = TRELLISES[states]
+    ways = ways_into(trellis, w.device)
+    quantizer_of = torch.tensor(trellis.quantizer, device=w.device)
+    shift = quantizer_of[:, None] / 2  # (S, 1), by which quantizer 1 moves its values towards 0
+
+    codes = torch.empty_like(w, dtype=torch.int8)
+    quantizers = torch.empty_like(w, dtype=torch.uint8)
+    from_blocks = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
+    state = torch.zeros_like(rows)  # in which each row enters the block
+
+    for begin in range(0, n_columns, BLOCK):
+        end = min(begin + BLOCK, n_columns)
+        # One state has nothing to choose between, so looking ahead would change nothing.
+        stop = min(end + LOOKAHEAD, n_columns) if states > 1 else end
+        total = w.new_full((states, n_rows), math.inf)  # cost of the survivor of each state
+        total[state, rows] = 0.0
+        errors = w.new_zeros(stop - begin, states, n_rows)  # of each survivor, by column
+        last_code = torch.zeros_like(errors, dtype=torch.int8)  # that each survivor of a column took there
+        took_b = torch.zeros_like(errors, dtype=torch.bool)  # whether it came by way b
+
+        # Forward: extend the survivors column by column.
+        for i, j in enumerate(range(begin, stop)):
+            from_block = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
+            target = w[:, j] + from_blocks[:, j] + from_block
+            code = nearest_codes(target / step[:, 0], shift)  # (parity, state before the column, row)
+            value = (code - code.sign() * shift) * step[:, 0]
+            costs = total + factor.cost[j] * (target - value).square()
+
+            cost_a = costs[ways.parity_a, ways.state_a]  # (state after the column, row)
+            cost_b = costs[ways.parity_b, ways.state_b]
+            b_wins = cost_b < cost_a
+            total = torch.where(b_wins, cost_b, cost_a)
+            errors[:i] = torch.where(b_wins, errors[:i, ways.state_b], errors[:i, ways.state_a])
+            value = torch.where(b_wins, value[ways.parity_b, ways.state_b], value[ways.parity_a, ways.state_a])
+            code = torch.where(b_wins, code[ways.parity_b, ways.state_b], code[ways.parity_a, ways.state_a])
+            errors[i] = w[:, j] - value
+            last_code[i] = code.to(torch.int8)
+            took_b[i] = b_wins
+
+        # Backward: read the codes off the cheapest survivor. Those of the lookahead will be decided again.
+        path_state = total.argmin(0)
+        for i, j in reversed(list(enumerate(range(begin, stop)))):
+            if j == end - 1:
+                state = path_state  # the next block starts here
+            codes[:, j] = last_code[i, path_state, rows]
+            came_by_b = took_b[i, path_state, rows]
+            path_state = torch.where(came_by_b, ways.state_b[path_state], ways.state_a[path_state])
+            quantizers[:, j] = quantizer_of[path_state]
+
+        decided = slice(begin, end)
+        error = w[:, decided] - dequantize(codes[:, decided], quantizers[:, decided], step)
+        from_blocks[:, end:] += error @ factor.feedback[decided, end:]
+    return codes
+
+
+class CodedLayer(NamedTuple):
+    exponents: np.ndarray  # (R,) uint8: row_steps makes steps of them
+    codes: np.ndarray  # (R, C) int8
+
+
+class CodedModel(NamedTuple):
+    states: int  # of the trellis
+    step: float  # of rows with exponent 0, the coarsest
+    layers: dict[str, CodedLayer]  # by name of the weight
+
+
+def row_steps(step: float, exponents: np.ndarray) -> Tensor:
+    """step * 2**(-exponent / 8), the same on every machine. (R,) uint8 -> (R, 1) float32"""
+    octaves, eighths = np.divmod(exponents.astype(np.int32), 8)
+    roots = (2.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    return torch.from_numpy(np.ldexp(np.float32(step) * roots[eighths], -octaves))[:, None]
+
+
+def finer_rows(moments: Moments, factors: dict[str, Factor]) -> dict[str, Tensor]:
+    """By how many octaves each row's step is to be finer than that of the coarsest row. -> (R,) by name
+
+    Quantization errors of a row are about independent, with variance step**2 / 12. To second order they raise the loss
+    by E[g**2] / 2 * sum(cost) * step**2 / 12, where g is the loss's gradient at the row's output and cost that of its
+    Factor. Steps in proportion to 1 / sqrt(E[g**2] * mean cost) make every weight of the model cost the same. Then a
+    bit is worth the same everywhere, and nothing is gained by moving one. The floor keeps rows usable whose outputs
+    hardly matter in the calibration batches, such as those of rare tokens.
+    """
+    sensitivity = {}
+    for name, (_, gradients) in moments.items():
+        floor = GRADIENT_FLOOR * gradients.mean() + 1e-30
+        sensitivity[name] = (gradients + floor) * factors[name].cost.mean()
+
+    # A layer without gradients has no sensitivity. Its step is at most 2**16 times the finest.
+    largest = max(1e-20, *(float(x.max()) for x in sensitivity.values()))
+    octaves = {name: (x / largest).log2().clamp_min(-32.0) / 2 for name, x in sensitivity.items()}
+    coarsest = min(float(o.min()) for o in octaves.values())
+    return {name: o - coarsest for name, o in octaves.items()}
+
+
+def code_layers(
+    layers: dict[str, Tensor], factors: dict[str, Factor], finer: dict[str, Tensor], step: float, states: int
+) -> CodedModel:
+    """Quantize all layers, with `step` for the coarsest rows.
+
+    A row that needs a coarser step to reach its largest weight gets one, and becomes the coarsest.
+    """
+    exponents = {}
+    for name, w in layers.items():
+        peak = w.abs().amax(1).clamp_min(1e-30)
+        # With a step finer by more octaves than this, MAX_CODE would not reach the row's largest weight.
+        max_octaves = (math.log2(step * MAX_CODE) - peak.log2()).clamp_max(32.0)
+        exponents[name] = torch.minimum((8 * finer[name]).round(), (8 * max_octaves).floor())
+    lowest = min(0, *(int(e.min()) for e in exponents.values()))
+    step = step * 2 ** (-lowest / 8)
+
+    coded = CodedModel(states, step, {})
+    for name, w in layers.items():
+        stored = (exponents[name] - lowest).clamp_max(255).byte().cpu().numpy()
+        steps = row_steps(step, stored).to(w.device)
+        codes = quantize_codes(w, factors[name], steps, states)
+        coded.layers[name] = CodedLayer(stored, codes.cpu().numpy())
+    return coded
+
+
+# -- Coder -----------------------------------------------------------------------------------------------------------
+# Interleaved range ANS (Duda 2013; Giesen 2014). Rows go side by side, each in a lane, one code per column. A lane that
+# runs low takes the next 16 bits from a stream that all lanes share. How frequent a code is depends on the class of its
+# row, which tells how large the row's codes are.
+
+ANS_BITS = 14  # frequencies are in units of 2**-14
+ANS_LANES = 2048  # at most; of a matrix with more rows, one band of rows is coded after the other
+LANE_LOW = 2**16  # a lane holds a number from here to 2**32 - 1, and starts here
+N_CLASSES = 64
+N_SYMBOLS = 256  # code + 128
+
+
+def row_classes(codes: np.ndarray) -> np.ndarray:
+    """Four classes per octave of the mean absolute code. (R, C) int8 -> (R,) uint8"""
+    mean = np.abs(codes.astype(np.int16)).mean(axis=1)
+    return np.clip(np.rint(4 * np.log2(mean + 2.0**-7)) + 28, 0, N_CLASSES - 1).astype(np.uint8)
+
+
+def to_symbols(codes: np.ndarray) -> np.ndarray:
+    return (codes.astype(np.int16) + 128).astype(np.uint8)
+
+
+def from_symbols(symbols: np.ndarray) -> np.ndarray:
+    return (symbols.astype(np.int16) - 128).astype(np.int8)
+
+
+def count_symbols(symbols: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """How often each symbol occurs in rows of each class. (R, C) uint8, (R,) uint8 -> (N_CLASSES, N_SYMBOLS) int64"""
+    cell = classes[:, None].astype(np.int32) * N_SYMBOLS + symbols
+    return np.bincount(cell.ravel(), minlength=N_CLASSES * N_SYMBOLS).reshape(N_CLASSES, N_SYMBOLS)
+
+
+def scale_counts(counts: np.ndarray) -> np.ndarray:
+    """Frequencies that sum to 2**ANS_BITS in classes that occur, and are 0 only for symbols that do not.
+
+    (N, N_SYMBOLS) int64 -> same
+    """
+    occurs = counts > 0
+    total = counts.sum(axis=1, keepdims=True).clip(1)
+    to_share = 2**ANS_BITS - occurs.sum(axis=1, keepdims=True)  # besides 1 for every symbol that occurs
+    scaled = occurs + counts * to_share // total
+
+    # What rounding down left over goes to the most frequent symbol.
+    rest = np.where(occurs.any(axis=1), 2**ANS_BITS - scaled.sum(axis=1), 0)
+    scaled[np.arange(len(scaled)), scaled.argmax(axis=1)] += rest
+    return scaled
+
+
+def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.ndarray) -> bytes:
+    """Bands of symbols (R, C) and classes (R,), frequencies by class -> a uint32 for each lane, then uint16 words"""
+    starts = frequencies.cumsum(axis=1) - frequencies
+    lanes = np.full(ANS_LANES, LANE_LOW, np.uint64)
+    words: list[bytes] = []
+
+    # ANS is last in, first out: what is to be decoded first is encoded last.
+    for symbols, classes in reversed(bands):
+        x = lanes[: len(symbols)]
+        for symbol in symbols.T[::-1]:
+            frequency = frequencies[classes, symbol].astype(np.uint64)
+            start = starts[classes, symbol].astype(np.uint64)
+            is_full = x >= frequency << np.uint64(32 - ANS_BITS)
+            words.append(x[is_full].astype("<u2").tobytes())  # the low 16 bits
+            x[is_full] >>= np.uint64(16)
+            high, low = np.divmod(x, frequency)
+            x[:] = (high << np.uint64(ANS_BITS)) + low + start
+
+    n_used = max(len(symbols) for symbols, _ in bands)
+    return lanes[:n_used].astype("<u4").tobytes() + b"".join(reversed(words))
+
+
+def decode_words(
+    data: bytes, shapes: list[tuple[int, int]], classes: list[np.ndarray], frequencies: np.ndarray
+) -> list[np.ndarray]:
+    """Symbols (R, C) of each band. Raises ValueError for words that encode_words did not make."""
+    n_used = max(rows for rows, _ in shapes)
+    if len(data) < 4 * n_used or len(data) % 2:
+        raise ValueError("its words are cut short")
+    if max(int(band.max()) for band in classes) >= N_CLASSES:
+        raise ValueError(f"it has classes of rows that are not below {N_CLASSES}")
+    if not np.isin(frequencies.sum(axis=1), (0, 2**ANS_BITS)).all():
+        raise ValueError("its frequencies do not sum to 1")
+    lanes = np.frombuffer(data, "<u4", n_used).astype(np.uint64)
+    words = np.frombuffer(data, "<u2", offset=4 * n_used)
+    n_read = 0
+
+    # The low bits of a lane tell the symbol: each has as many slots as its frequency says.
+    frequency_of = frequencies.astype(np.uint64).ravel()
+    start_of = (frequencies.cumsum(axis=1) - frequencies).astype(np.uint64).ravel()
+    symbol_at = np.zeros((len(frequencies), 2**ANS_BITS), np.uint8)
+    for slots, row in zip(symbol_at, frequencies, strict=True):
+        slots[: row.sum()] = np.repeat(np.arange(N_SYMBOLS, dtype=np.uint8), row)
+    symbol_at = symbol_at.ravel()
+
+    bands = []
+    for (n_rows, n_columns), band_classes in zip(shapes, classes, strict=True):
+        x = lanes[:n_rows]
+        first_slot = band_classes.astype(np.int64) << ANS_BITS
+        first_symbol = band_classes.astype(np.int64) * N_SYMBOLS
+        symbols = np.empty((n_columns, n_rows), np.uint8)
+        for j in range(n_columns):
+            slot = x & np.uint64(2**ANS_BITS - 1)
+            symbols[j] = symbol_at[first_slot + slot.astype(np.int64)]
+            place = first_symbol + symbols[j]
+            x[:] = frequency_of[place] * (x >> np.uint64(ANS_BITS)) + slot - start_of[place]
+
+            low = np.flatnonzero(x < LANE_LOW)
+            if n_read + len(low) > len(words):
+                raise ValueError("its words are cut short")
+            x[low] = x[low] << np.uint64(16) | words[n_read : n_read + len(low)]
+            n_read += len(low)
+        bands.append(symbols.T)
+
+    if n_read < len(words) or not (lanes == LANE_LOW).all():
+        raise ValueError("its words do not end where they should")
+    return bands
+
+
+# -- File ------------------------------------------------------------------------------------------------------------
+# Magic (8 bytes), crc32 of all that follows (uint32), length of the header (uint32), header, payload, words.
+#
+# The header is JSON in zlib: format, codec, config; for trellis_ans also states and step. Which tensors there are, in
+# which order, shape and kind, follows from config and codec (tensor_table).
+# The payload, a zlib stream, holds the tensors one after another, and for trellis_ans at its end the frequencies of
+# symbols by class, as uint16:
+#   float32     any shape, little-endian
+#   int8_rows   (R, C): R little-endian float16 scales, then R * C int8; the weight is q * scale. A vector is one row.
+#   codes       (R, C): R uint8 exponents of the steps, R uint8 classes of the rows; the codes are in the words
+# The words, for trellis_ans, are what encode_words returns.
+
+ARTIFACT_MAGIC = b"GOLFGPT\n"
+ARTIFACT_FORMAT = 5
+ARTIFACT_PREFIX = struct.Struct("<8sII")
+ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
+
+# Caps on what a file may make us allocate.
+MAX_PARAMETERS = 2**28
+MAX_HEADER_BYTES = 2**20
+
+
+class StoredTensor(NamedTuple):
+    """How a tensor lies in the payload."""
+
+    name: str
+    kind: str  # float32, int8_rows or codes
+    shape: tuple[int, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """In the payload, before zlib."""
+        size = math.prod(self.shape)
+        return {"float32": 4 * size, "int8_rows": 2 * self.n_rows + size, "codes": 2 * self.n_rows}[self.kind]
+
+
+def tensor_table(model: GPT, codec: str) -> list[StoredTensor]:
+    """Every tensor of the payload, in order. The published int8 + zlib keeps all but the matrices exact."""
+    coded = coded_layers(model) if codec == "trellis_ans" else {}
+    table = []
+    for name, p in model.state_dict().items():
+        if name in coded:
+            kind = "codes"
+        elif name.endswith(".weight") or codec == "trellis_ans":
+            kind = "int8_rows"
+        else:
+            kind = "float32"
+        table.append(StoredTensor(name, kind, tuple(p.shape)))
+    return table
+
+
+def bands_of(table: list[StoredTensor]) -> list[tuple[str, slice]]:
+    """Which rows of which tensor go through the coder side by side."""
+    bands = []
+    for tensor in table:
+        if tensor.kind == "codes":
+            for start in range(0, tensor.n_rows, ANS_LANES):
+                bands.append((tensor.name, slice(start, min(start + ANS_LANES, tensor.n_rows))))
+    return bands
+
+
+def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row, its largest weight / 127. (R, C) float32 -> (R, C) int8, (R, 1) float16"""
+    smallest_normal = 2**-14  # of float16
+    scale = (w.abs().amax(dim=1, keepdim=True) / 127).clamp_min(smallest_normal).half()
+    q = (w / scale.float()).round().clamp(-127, 127)  # divided by the scale as it is stored
+    return q.to(torch.int8), scale
+
+
+def pack_artifact(model: GPT, coded: CodedModel | None = None) -> bytes:
+    """The whole file for a model: its config and its weights, in int8 or, if they are `coded`, as codes."""
+    codec = "trellis_ans" if coded else "int8_zlib"
+    header: dict[str, Any] = {
+        "format": ARTIFACT_FORMAT,
+        "codec": codec,
+        "config": dataclasses.asdict(model.config),
+    }
+    table = tensor_table(model, codec)
+    state = model.state_dict()
+    payload = bytearray()
+    counts = np.zeros((N_CLASSES, N_SYMBOLS), np.int64)
+    symbols = dict[str, np.ndarray]()
+    classes = dict[str, np.ndarray]()
+
+    for name, kind, shape in table:
+        w = state[name].detach().float().cpu().reshape(-1, shape[-1])
+        # The scale must fit a float16. The comparison is also false for NaN.
+        if not bool((w.abs() < 127 * 65_000).all()):
+            raise ValueError(
+                f"parameter {name} is not finite or too large to quantize: train with lower learning rates"
+            )
+        if kind == "int8_rows":
+            q, scale = quantize_rows(w)
+            payload += scale.numpy().astype("<f2").tobytes() + q.numpy().tobytes()
+        elif kind == "float32":
+            payload += w.numpy().astype("<f4").tobytes()
+        elif coded:
+            layer = coded.layers[name]
+            symbols[name] = to_symbols(layer.codes)
+            classes[name] = row_classes(layer.codes)
+            counts += count_symbols(symbols[name], classes[name])
+            payload += layer.exponents.tobytes() + classes[name].tobytes()
+
+    words = b""
+    if coded:
+        header["states"] = coded.states
+        header["step"] = coded.step
+        frequencies = scale_counts(counts)
+        payload += frequencies.astype("<u2").tobytes()
+        words = encode_words(
+            [(symbols[name][rows], classes[name][rows]) for name, rows in bands_of(table)], frequencies
+        )
+
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = text + zlib.compress(payload, 9) + words
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
+
+
+class Header(NamedTuple):
+    """What the header of an artifact says, checked."""
+
+    config: GPTConfig
+    codec: str
+    states: int  # of the trellis; 0 without one
+    step: float  # of the coarsest rows; 0 without codes
+
+
+class ArtifactParts(NamedTuple):
+    """An artifact, taken apart."""
+
+    header: Header
+    table: list[StoredTensor]
+    payload: bytes
+    words: bytes
+
+
+def parse_header(text: bytes) -> Header:
+    """Raises ValueError, or one of the errors that read_artifact catches, for a malformed header."""
+    header = json.loads(zlib.decompressobj().decompress(text, MAX_HEADER_BYTES))
+    version = header["format"]
+    codec = header["codec"]
+    if version != ARTIFACT_FORMAT:
+        raise ValueError(
+            f"format {version!r:.100}, but this script reads {ARTIFACT_FORMAT}: use the script that wrote it"
+        )
+    if codec not in ARTIFACT_NAMES:
+        raise ValueError(
+            f"codec {codec!r:.100} is not one of {', '.join(ARTIFACT_NAMES)}: use the script that wrote it"
+        )
+    if header["config"].keys() != {field.name for field in dataclasses.fields(GPTConfig)}:
+        raise ValueError(f"its config has the settings {sorted(header['config'])!r:.400}: use the script that wrote it")
+    config = GPTConfig(**header["config"])
+    if config.eval_seq_len == 0:
+        raise ValueError("its config has no EVAL_SEQ_LEN: make it again")
+    if codec == "int8_zlib":
+        return Header(config, codec, 0, 0.0)
+
+    states = header["states"]
+    step = header["step"]
+    if type(states) is not int or states not in TRELLISES:
+        raise ValueError(f"a trellis of states={states!r:.100} is not one of {sorted(TRELLISES)}")
+    if type(step) is not float or not 0 < step < 2**16:
+        raise ValueError(f"step={step!r:.100} is not a number above 0 and below 2**16")
+    return Header(config, codec, states, step)
+
+
+def read_artifact(path: Path) -> ArtifactParts:
+    """Take an artifact apart. Nothing is read or allocated before its size is known to be bounded."""
+    if not path.is_file():
+        raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
+    with path.open("rb") as file:
+        prefix = file.read(ARTIFACT_PREFIX.size)
+        if len(prefix) < ARTIFACT_PREFIX.size or not prefix.startswith(ARTIFACT_MAGIC):
+            raise ValueError(f"{path} is not an artifact of train_gpt.py: it does not start with {ARTIFACT_MAGIC!r}")
+        _, crc32, header_bytes = ARTIFACT_PREFIX.unpack(prefix)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} is damaged (header of {header_bytes} bytes): copy or make it again")
+
+        text = file.read(header_bytes)
+        try:
+            header = parse_header(text)
+            with torch.device("meta"):
+                model = GPT(header.config)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
+            raise ValueError(f"{path} has a header that describes no model of this script: {error!s:.600}") from None
+        n_parameters = sum(p.numel() for p in model.parameters())
+        if n_parameters > MAX_PARAMETERS:
+            raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")
+
+        table = tensor_table(model, header.codec)
+        payload_bytes = sum(tensor.n_bytes for tensor in table)
+        # zlib never needs more than this for `payload_bytes`, and a code takes at most one word.
+        most_bytes = file.tell() + payload_bytes + payload_bytes // 1000 + 1024
+        if header.codec == "trellis_ans":
+            payload_bytes += 2 * N_CLASSES * N_SYMBOLS
+            n_codes = sum(math.prod(tensor.shape) for tensor in table if tensor.kind == "codes")
+            most_bytes += 2 * N_CLASSES * N_SYMBOLS + 4 * ANS_LANES + 2 * n_codes
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"{path} has more bytes than its header describes: make it again")
+        body = file.read()
+
+    if zlib.crc32(body, zlib.crc32(text)) != crc32:
+        raise ValueError(f"{path} is damaged (checksum): copy or make it again")
+    unpacker = zlib.decompressobj()
+    try:
+        payload = unpacker.decompress(body, payload_bytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or make it again") from None
+    words = unpacker.unused_data
+    is_whole = len(payload) == payload_bytes and unpacker.eof
+    if not is_whole or (words and header.codec == "int8_zlib"):
+        raise ValueError(f"{path} has a payload of another size than its header says: make it again")
+    return ArtifactParts(header, table, payload, words)
+
+
+def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
+    """A tensor of kind float32 or int8_rows, from its bytes in the payload."""
+    if tensor.kind == "float32":
+        values = np.frombuffer(data, "<f4").astype(np.float32)
+    else:
+        scale = np.frombuffer(data, "<f2", tensor.n_rows).astype(np.float32)
+        q = np.frombuffer(data, np.int8, offset=2 * tensor.n_rows).reshape(tensor.n_rows, tensor.shape[-1])
+        values = q * scale[:, None]
+    return torch.from_numpy(values).view(tensor.shape)
+
+
+def decode_layers(
+    parts: ArtifactParts, exponents: dict[str, np.ndarray], classes: dict[str, np.ndarray]
+) -> dict[str, Tensor]:
+    """The weights that are stored as codes, by name. Raises ValueError for words or frequencies that make no sense."""
+    frequencies = np.frombuffer(parts.payload[-2 * N_CLASSES * N_SYMBOLS :], "<u2").astype(np.int64)
+    columns = {tensor.name: tensor.shape[-1] for tensor in parts.table}
+    bands = bands_of(parts.table)
+    symbols = decode_words(
+        parts.words,
+        shapes=[(rows.stop - rows.start, columns[name]) for name, rows in bands],
+        classes=[classes[name][rows] for name, rows in bands],
+        frequencies=frequencies.reshape(N_CLASSES, N_SYMBOLS),
+    )
+
+    by_name: dict[str, list[np.ndarray]] = {name: [] for name in exponents}
+    for (name, _), band in zip(bands, symbols, strict=True):
+        by_name[name].append(band)
+    weights = {}
+    for name, layer_bands in by_name.items():
+        codes = from_symbols(np.concatenate(layer_bands))
+        quantizers = quantizers_along(codes, TRELLISES[parts.header.states])
+        step = row_steps(parts.header.step, exponents[name])
+        weights[name] = dequantize(torch.from_numpy(codes), torch.from_numpy(quantizers), step)
+    return weights
+
+
+@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused below
+def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
+    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+
+    Its activations have the dtype that its config names, or `compute_dtype` if that is given. Raises FileNotFoundError,
+    or ValueError for a file that is damaged, of another format, or lies about its content. Reads data only, runs no
+    code, and takes no more memory than the header declares, which is bounded.
+    """
+    parts = read_artifact(Path(path))
+    weights = dict[str, Tensor]()
+    exponents = dict[str, np.ndarray]()
+    classes = dict[str, np.ndarray]()
+    offset = 0
+    for tensor in parts.table:
+        data = parts.payload[offset : offset + tensor.n_bytes]
+        offset += tensor.n_bytes
+        if tensor.kind == "codes":
+            exponents[tensor.name] = np.frombuffer(data, np.uint8, tensor.n_rows)
+            classes[tensor.name] = np.frombuffer(data, np.uint8, offset=tensor.n_rows)
+        else:
+            weights[tensor.name] = read_tensor(data, tensor)
+    if exponents:
+        try:
+            weights |= decode_layers(parts, exponents, classes)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+
+    for name, value in weights.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path} has a value in {name} that is not finite: make it again")
+    config = parts.header.config
+    if compute_dtype:
+        config = dataclasses.replace(config, compute_dtype=compute_dtype)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()
+
+
+# -- Size ------------------------------------------------------------------------------------------------------------
+
+CLOSE_ENOUGH = 0.995  # of the limit: a file between this and the limit ends the search
+AIM = 0.9975  # of the limit: midway between CLOSE_ENOUGH and 1
+# A quantized Gaussian weight takes log2(standard deviation / step) bits plus this many: log2(2 pi e) / 2.
+GAUSSIAN_BITS = 2.05
+# At the same step, a trellis takes this many bytes per code more than one state does, times 2**-bits.
+TRELLIS_BYTES = 0.165
+ATTEMPTS = 3  # with TRELLIS_STATES, after two with one state
+
+
+class Attempt(NamedTuple):
+    states: int
+    packed: bytes
+    within_limit: bool
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Among those within the limit, more states win, then more bytes. If there is none, the smallest wins."""
+        if self.within_limit:
+            return True, self.states, len(self.packed)
+        return False, 0, -len(self.packed)
+
+
+def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
+    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 % of the limit.
+
+    Looks for the step by the secant method: twice with one state, which is fast, then with TRELLIS_STATES.
+    """
+    hp = run.hp
+    for name, sums in moments.items():
+        if not all(bool(m.isfinite().all()) for m in sums):
+            raise ValueError(f"moments of {name} are not finite: lower the learning rates")
+    layers = {name: layer.weight.detach().float() for name, layer in coded_layers(model).items()}
+    factors = {name: factorize(inputs) for name, (inputs, _) in moments.items()}
+    finer = finer_rows(moments, factors)
+
+    n_codes = sum(w.numel() for w in layers.values())
+    limit = bytes_limit(model, n_codes, hp)
+    bits = 8 * (limit - bytes_besides_codes(model)) / n_codes  # that the limit leaves for a code
+
+    # The first guess assumes Gaussian weights: the mean of log2(standard deviation / step), for a coarsest step of 1.
+    gaussian_octaves = 0.0
+    for name, w in layers.items():
+        octaves_by_row = w.std(1).clamp_min(1e-9).log2() + finer[name]
+        gaussian_octaves += float(octaves_by_row.sum()) * w.size(1)
+    step = 2 ** (gaussian_octaves / n_codes + GAUSSIAN_BITS - bits)
+
+    attempts: list[Attempt] = []
+    bytes_per_octave = n_codes / 8  # halving the step costs about one bit per code, less where many codes are 0
+    move = 0.0  # octaves by which the step was made coarser
+    for states in (1, 1, *[hp.trellis_states] * ATTEMPTS):
+        coded = code_layers(layers, factors, finer, step, states)
+        packed = pack_artifact(model, coded)
+        run.log0(f"quantize: states:{states} step:{coded.step:.6g} bytes:{len(packed)} limit:{limit}")
+        if move and states == attempts[-1].states:
+            saved = len(attempts[-1].packed) - len(packed)
+            bytes_per_octave = max(saved / move, n_codes / 24)  # a third of a bit per code at least
+        attempts.append(Attempt(states, packed, len(packed) <= limit))
+        if states == hp.trellis_states and CLOSE_ENOUGH * limit < len(packed) <= limit:
+            break
+
+        aim = AIM * limit
+        if states < hp.trellis_states:
+            aim -= TRELLIS_BYTES * n_codes * 2**-bits
+        move = (len(packed) - aim) / bytes_per_octave
+        step *= 2**move
+    return max(attempts, key=lambda attempt: attempt.rank).packed
+
+
+def bytes_besides_codes(model: GPT) -> int:
+    """About what the file takes besides codes: other weights, exponents and classes, the coder's lanes, the header."""
+    stored = [tensor.n_bytes for tensor in tensor_table(model, "trellis_ans") if tensor.kind != "codes"]
+    most_rows = max(layer.weight.size(0) for layer in coded_layers(model).values())
+    return sum(stored) + 4 * min(ANS_LANES, most_rows) + 1024
+
+
+def bytes_limit(model: GPT, n_codes: int, hp: Hyperparameters) -> int:
+    """The size to aim for: that of the largest artifact allowed, but not below half a bit per code."""
+    other_bytes = bytes_besides_codes(model)
+    by_total = hp.max_total_bytes - Path(__file__).stat().st_size
+    by_weights = int(hp.max_weight_bits * n_codes / 8) + other_bytes
+    # Fewer bits would make no model. A run that had to go below ends over the limit, and says so.
+    lowest = other_bytes + n_codes // 16
+    return max(lowest, min(by_total, by_weights))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_settings(env: Mapping[str, str], device: torch.device) -> tuple[GPTConfig, Hyperparameters]:
+    """The settings of the run, with everything filled in that is left open: nothing changes them later.
+
+    To score an artifact, its own config is taken. Raises ValueError or FileNotFoundError before anything is written.
+    """
+    config = from_env(GPTConfig, env)
+    hp = from_env(Hyperparameters, env)
+    hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
+
+    if hp.eval_artifact:
+        header = read_artifact(Path(hp.eval_artifact)).header
+        config = adopt_config(config, header.config, env)
+        hp = dataclasses.replace(hp, codec=header.codec)
+
+    _, tokenizer_sha256 = load_tokenizer(hp.tokenizer_path, config.vocab_size, config.bos_id, config.tokenizer_sha256)
+    dtype = pick_dtype(device, config.compute_dtype)
+    config = dataclasses.replace(
+        config,
+        eval_seq_len=config.eval_seq_len or hp.train_seq_len,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        tokenizer_sha256=tokenizer_sha256,
+    )
+    return config, hp
+
+
+def adopt_config(asked: GPTConfig, stored: GPTConfig, env: Mapping[str, str]) -> GPTConfig:
+    """The config of an artifact; COMPUTE_DTYPE may differ, other settings that contradict it are errors."""
+    for name, value in vars(stored).items():
+        is_set = name.upper() in env and name != "compute_dtype"
+        if is_set and getattr(asked, name) != value:
+            raise ValueError(f"{name.upper()}={getattr(asked, name)} contradicts the artifact's {value}: unset it")
+    if asked.compute_dtype == "auto":
+        return stored
+    return dataclasses.replace(stored, compute_dtype=asked.compute_dtype)
+
+
+def changed_settings(config: GPTConfig, hp: Hyperparameters, env: Mapping[str, str]) -> dict[str, Any]:
+    """What `env` sets to another value than the preset has, by name of the variable."""
+    only_preset = {"PRESET": hp.preset}
+    defaults = {**vars(from_env(GPTConfig, only_preset)), **vars(from_env(Hyperparameters, only_preset))}
+    changed = {}
+    for name, value in {**vars(config), **vars(hp)}.items():
+        if name.upper() in env and value != defaults[name]:
+            changed[name.upper()] = value
+    return changed
+
+
+def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
+    """Train a model and write its artifact to `path`. -> results by log key"""
+    config = run.config
+    hp = run.hp
+    world = run.world
+    stream = TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin")
+    loader = Loader(stream, hp, config.vocab_size, world)
+    if world.rank == 0:
+        # Now, not after training, is the time to learn that the place cannot be written. The file that an earlier run
+        # left there must not be taken for this one's.
+        write_file(path, b"")
+        path.unlink()
+    dataset = Path(hp.data_path).name
+    run.log0(f"train_loader:dataset:{dataset} train_shards:{len(stream.files)} train_tokens:{len(stream)}")
+
+    model = GPT(config)
+    init_weights(model, hp)
+    model.to(world.device)
+    compiled = wants_compile(hp, world.device)
+    loss_fn, forward = compile_model(model, compiled)
+    learner = Learner(model, loss_fn, build_optimizers(model, hp, world))
+
+    run.ledger.switch("compile")
+    fit_micro_batch(learner, loader, run)
+    sizes = {
+        "model_params": sum(p.numel() for p in model.parameters()),
+        "world_size": world.size,
+        "grad_accum_steps": len(loader.batch(0)),
+        "micro_batch_sequences": loader.micro_sequences,
+    }
+    run.log0(key_values({**sizes, "compiled": compiled}))
+    shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
+    run.log0(key_values({name: getattr(hp, name) for name in shown}))
+    if compiled:
+        prime(learner, loader, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), run)
+
+    def validate(looping: bool) -> Score:
+        return evaluate(lambda ids: forward(ids, looping), split, config, hp.val_batch_size, world)
+
+    results = train(learner, loader, validate, run)
+
+    if hp.codec == "trellis_ans":
+        run.ledger.switch("calibrate")
+        moments = calibrate(model, loader, results["steps"], run)
+    run.ledger.switch("quantize")
+    if world.rank == 0:
+        packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
+        write_file(path, packed)
+    world.agree(0.0)  # the other ranks wait for the file
+    return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(stream)}
+
+
+def score_artifact(run: Run, split: ValSplit, path: Path) -> Score:
+    """Score what is rebuilt from the disk, and nothing else."""
+    run.ledger.switch("load")
+    model = load_artifact(path, run.world.device, run.config.compute_dtype)
+    compiled = wants_compile(run.hp, run.world.device)
+    _, forward = compile_model(model, compiled)
+    run.ledger.switch("evaluate")
+    score = evaluate(forward, split, model.config, run.hp.val_batch_size, run.world)
+    run.ledger.switch("report")
+    return score
+
+
+def report(run: Run, results: dict[str, Any], path: Path) -> bool:
+    """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
+    hp = run.hp
+    log0 = run.log0
+    memory, reserved = peak_memory_mib(run.world.device)
+    bytes_code = Path(__file__).stat().st_size
+    bytes_artifact = path.stat().st_size
+    bytes_total = bytes_code + bytes_artifact
+    artifact_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in run.ledger.spent.items()}
+    results = {
+        **results,
+        "bytes_code": bytes_code,
+        "bytes_artifact": bytes_artifact,
+        "bytes_total": bytes_total,
+        "artifact_sha256": artifact_sha256,
+        **seconds,
+        "peak_memory_mib": memory,
+    }
+    if run.world.rank == 0:
+        text = json.dumps(results, indent=1, allow_nan=False)
+        write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
+
+    codec = hp.codec.replace("_", "+")
+    log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
+    log0(f"ledger {key_values(seconds)} counted:seconds_train,seconds_calibrate")
+    shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
+    log0(key_values({key: round(results[key], 4) for key in shown if key in results}))
+    log0(f"Serialized model {codec}: {bytes_artifact} bytes (artifact_sha256:{artifact_sha256})")
+    log0(f"Code size: {bytes_code} bytes")
+    log0(f"Total submission size {codec}: {bytes_total} bytes")
+    if bytes_total > hp.max_total_bytes:
+        log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
+    return bytes_total <= hp.max_total_bytes
+
+
+def main() -> int:
+    """One run, from settings to score. -> exit status: 0, or 3 if code and artifact do not fit MAX_TOTAL_BYTES"""
+    world = start_world()
+    ledger = Ledger(world.device)
+    config, hp = resolve_settings(os.environ, world.device)
+    log0 = open_log(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
+    run = Run(config, hp, world, ledger, log0)
+
+    changed = changed_settings(config, hp, os.environ)
+    log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(f'{name}={v}' for name, v in changed.items())}")
+    machine = {
+        **describe_machine(world.device),
+        "world_size": world.size,
+        "compute_dtype": config.compute_dtype,
+    }
+    log0(key_values(machine))
+
+    sp, tokenizer_sha256 = load_tokenizer(hp.tokenizer_path, config.vocab_size, config.bos_id)
+    split = load_val_split(hp.data_path, sp, tokenizer_sha256, hp.val_max_tokens)
+    method = {
+        "eval_method": config.eval_method,
+        "eval_seq_len": config.eval_seq_len,
+        "eval_stride": config.eval_stride or config.eval_seq_len,
+    }
+    identity = {
+        "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "judge_version": JUDGE_VERSION,
+        **split.identity,
+    }
+    log0(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
+    log0(f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)} {key_values(method)}")
+    log0(key_values(identity))
+
+    results = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
+    if hp.eval_artifact:
+        path = Path(hp.eval_artifact)
+    else:
+        path = Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec])
+        results |= train_and_store(run, split, path)
+
+    score = score_artifact(run, split, path)
+    results |= {
+        "val_loss": score.val_loss,
+        "val_bpb": score.val_bpb,
+        "val_nats": score.nats,
+        "scored_tokens": score.tokens,
+        "scored_bytes": score.bytes,
+    }
+    within_limit = report(run, results, path)
+    milliseconds = 1000 * ledger.spent["evaluate"]
+    log0(f"final_{hp.codec}_roundtrip {score.line(4)} eval_time:{milliseconds:.0f}ms")
+    log0(f"final_{hp.codec}_roundtrip_exact {score.line(8)} {key_values(method)}")
+    if world.size > 1:
+        dist.destroy_process_group()
+    return 0 if within_limit else 3
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(status)  # skips the interpreter's shutdown, in which a thread of gloo now and then aborts
+    sys.exit(status)

@@ -151,7 +151,8 @@ class GPTConfig:
     def layer_order(self, looping: bool) -> list[int]:
         """The layers in the order of execution."""
         order = list(range(self.num_layers))
-        if not looping:
+        # In this order, torch.compile does not take a model without loops for two models, looping and not.
+        if not (self.num_loops and looping):
             return order
         loop = order[self.loop_start : self.loop_end + 1]
         return order[: self.loop_start] + loop * self.num_loops + order[self.loop_start :]
@@ -171,7 +172,7 @@ class Hyperparameters:
     artifact_dir: str = "."
     eval_artifact: str = ""  # score this file and stop
     max_total_bytes: int = setting(16_000_000, low=1)  # code + artifact
-    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto means if CUDA or a C++ compiler is there
+    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto: if there is CUDA or a C++ compiler
 
     # Batches. A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank
     # works through its share in micro-batches.
@@ -186,9 +187,11 @@ class Hyperparameters:
     warmup_steps: int = 20  # steps that compile the model before the clock starts and are undone; a CPU takes one
     warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
     warmdown_iters: int = 0  # the same in steps; above 0 it replaces WARMDOWN_FRAC
-    min_lr: float = setting(0.1, high=1)  # learning rate at the end / its base value
+    min_lr: float = setting(0.1, high=1)  # the learning rate never falls below this part of its base value
     enable_looping_at: float = setting(0.35, high=1)  # part of the run after which layers are looped
-    ema_decay: float = setting(0.9965, high=0.999999)  # per step, of the weights' average, which is stored; 0 for none
+    ema_decay: float = setting(
+        0.9965, high=0.999999
+    )  # of the averaged weights, per step; they are stored. 0: no average
 
     # Evaluation and log
     val_batch_size: int = setting(
@@ -274,7 +277,7 @@ def check_fields(settings: GPTConfig | Hyperparameters) -> None:
 def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
     """Build `cls`: field `num_layers` is NUM_LAYERS if that is set, else what PRESET says, else its default.
 
-    Raises ValueError, naming the variable, for an unknown preset, a misspelt variable or a value that cannot be meant.
+    Raises ValueError, naming the variable, for an unknown preset, a misspelt variable or an invalid value.
     """
     preset = env.get("PRESET", "record")
     if preset not in PRESETS:
@@ -347,7 +350,7 @@ class World(NamedTuple):
     device: torch.device = torch.device("cpu")
 
     def share(self, n: int) -> range:
-        """This rank's share of n things. No rank has a larger one than the last."""
+        """This rank's share of n things. The last rank's is among the largest."""
         return share(n, self.rank, self.size)
 
     def sum_all(self, tensors: Sequence[Tensor]) -> None:
@@ -425,7 +428,7 @@ def wants_compile(hp: Hyperparameters, device: torch.device) -> bool:
 
 
 class Ledger:
-    """Where the wall-clock time goes. One phase runs at a time; the time limit holds for train and calibrate."""
+    """Where the wall-clock time goes. One phase runs at a time. Only train and calibrate count against the limit."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -479,7 +482,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def proc_value(file: str, key: str) -> str:
-    """What Linux says behind `key` in a file of /proc; empty where there is no such file or key."""
+    """The value of `key` in a file of /proc; empty if there is no such file or key."""
     if Path(file).exists():
         for line in Path(file).read_text().splitlines():
             if line.startswith(key):
@@ -846,7 +849,7 @@ def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, Callable[..., Tens
     if next(model.parameters()).is_cuda:
         return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
 
-    # Blocks of a few kinds meet batches of a few shapes, and the ninth combination would end the run.
+    # Every kind of block is compiled for every shape of batch. More than torch's default of 8 would end the run.
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile(**options)
@@ -884,7 +887,8 @@ def orthogonalize(g: Tensor, steps: int, polar_express: bool, dtype: torch.dtype
     lifts weak directions.
     """
     x = g.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # convergence needs a spectral norm of at most 1
+    # The iteration needs a spectral norm of at most 1. The Frobenius norm is never smaller.
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT  # so that the Gram matrix is the small one
@@ -927,7 +931,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(group["params"], list(update.float().unbind()), alpha=-lr)
 
     def partial_update(self, group: dict[str, Any]) -> Tensor:
-        """The orthogonalized directions of a group, 0 outside this rank's share. -> (N, R, C), to sum over the ranks"""
+        """The orthogonalized directions of a group, 0 outside the share of this rank. -> (N, R, C)"""
         params: list[nn.Parameter] = group["params"]
         grads = torch.stack([cast(Tensor, p.grad) for p in params])
 
@@ -1311,7 +1315,7 @@ def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
     stride = config.eval_stride or seq_len
     context = seq_len - stride  # inputs before the first target of a later window
 
-    # Segment i has the targets starts[i] + 1 to ends[i] - 1.
+    # Segment i has the targets starts[i] + 1 to ends[i] - 1, of which the last may be the BOS of the next.
     starts = [0]
     if config.eval_method == "document":
         starts += (np.flatnonzero(ids[1:] == config.bos_id) + 1).tolist()
@@ -1321,7 +1325,7 @@ def scoring_windows(ids: np.ndarray, config: GPTConfig) -> Iterator[Window]:
         first = segment_start + 1
         stop = first + seq_len
         while first < end:
-            # Only the first window would reach back beyond its segment.
+            # Without the max, the first window would start before its segment.
             start = max(segment_start, first - 1 - context)
             yield Window(start, first, min(stop, end))
             first = stop
@@ -1354,7 +1358,7 @@ class RowBatch(NamedTuple):
 
 
 def fill_rows(rows: Sequence[Sequence[Window]], ids: np.ndarray, n_rows: int, seq_len: int) -> RowBatch:
-    """Tokens of at most `n_rows` rows of windows, one window after another, padded with 0 at the right and below."""
+    """A batch of `n_rows` rows of windows, one window after another. Short and missing rows are padded with 0."""
     batch = RowBatch(
         inputs=torch.zeros(n_rows, seq_len, dtype=torch.int64),
         targets=torch.zeros(n_rows, seq_len, dtype=torch.int64),
@@ -1468,7 +1472,7 @@ def part_done(step: int, seconds: float, hp: Hyperparameters) -> float:
 
 
 def lr_scale(step: int, seconds: float, hp: Hyperparameters) -> float:
-    """Learning rate / its base value: 1, then linear to MIN_LR."""
+    """Learning rate / its base value: 1, then linear towards 0, but never below MIN_LR."""
     if hp.warmdown_iters:
         left_by_steps = (hp.iterations - step) / hp.warmdown_iters
         # By time, the warmdown takes WARMDOWN_ITERS steps that last as long as those so far did on average.
@@ -1580,7 +1584,7 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
     weights = [p.detach() for p in learner.model.parameters()]
     progress = Progress(average=[w.clone() for w in weights] if hp.ema_decay else [])
     results = dict[str, Any]()
-    looping = True
+    looping = True  # a run that loops from its first step on has nothing to announce
     batch = loader.batch(0)
     run.ledger.switch("train")
 
@@ -1589,10 +1593,8 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
         finished = out_of_time or progress.step == hp.iterations
 
         was_looping = looping
-        # Without loops the two orders are one. Asking for both would make a GPU compile the model twice.
-        if run.config.num_loops:
-            looping = finished or part_done(progress.step, progress.seconds, hp) >= hp.enable_looping_at
-        if looping and not was_looping:
+        looping = finished or part_done(progress.step, progress.seconds, hp) >= hp.enable_looping_at
+        if run.config.num_loops and looping and not was_looping:
             order = ",".join(map(str, run.config.layer_order(looping)))
             run.log0(f"layer_loop:enabled {progress.position(hp)} order:[{order}]")
 
@@ -1787,8 +1789,8 @@ class Ways(NamedTuple):
 class Factor(NamedTuple):
     """Second moments M of a layer's inputs, factorized for GPTQ.
 
-    Errors e (C,) in the weights of an output cost e M e^T, the mean square of what they do to it. The factor writes it
-    as a sum over columns j of cost[j] * (e @ feedback[:, j])**2, in which column j depends on errors up to j only.
+    Errors e (C,) in one row of weights change its output by a mean square of e M e^T. The factor writes that as a sum
+    over columns j of cost[j] * (e @ feedback[:, j])**2, in which term j depends on errors up to j only.
     """
 
     feedback: Tensor  # (C, C) float32, 1 on the diagonal and 0 below
@@ -1823,7 +1825,7 @@ def ways_into(trellis: Trellis, device: torch.device) -> Ways:
 
 
 def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
-    """For either parity, the code whose value is nearest to x, with x in steps and values k - sign(k) * shift.
+    """For each parity, even first, the code whose value is nearest to x, in steps: values are k - sign(k) * shift.
 
     (S, R) float32, (S, 1) 0 or 1/2 -> (2, S, R) float32
     """
@@ -1870,23 +1872,23 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
 
     codes = torch.empty_like(w, dtype=torch.int8)
     quantizers = torch.empty_like(w, dtype=torch.uint8)
-    from_blocks = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
+    from_earlier_blocks = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
     state = torch.zeros_like(rows)  # in which each row enters the block
 
     for begin in range(0, n_columns, BLOCK):
         end = min(begin + BLOCK, n_columns)
-        # One state has nothing to choose between, so looking ahead would change nothing.
+        # With one state, a choice does not limit later ones, so looking ahead would change nothing.
         stop = min(end + LOOKAHEAD, n_columns) if states > 1 else end
         total = w.new_full((states, n_rows), math.inf)  # cost of the survivor of each state
         total[state, rows] = 0.0
         errors = w.new_zeros(stop - begin, states, n_rows)  # of each survivor, by column
-        last_code = torch.zeros_like(errors, dtype=torch.int8)  # that each survivor of a column took there
-        took_b = torch.zeros_like(errors, dtype=torch.bool)  # whether it came by way b
+        last_code = torch.zeros_like(errors, dtype=torch.int8)  # by column, the code that each survivor took there
+        took_b = torch.zeros_like(errors, dtype=torch.bool)  # and whether it came by way b
 
         # Forward: extend the survivors column by column.
         for i, j in enumerate(range(begin, stop)):
-            from_block = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
-            target = w[:, j] + from_blocks[:, j] + from_block
+            from_this_block = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
+            target = w[:, j] + from_earlier_blocks[:, j] + from_this_block
             code = nearest_codes(target / step[:, 0], shift)  # (parity, state before the column, row)
             value = (code - code.sign() * shift) * step[:, 0]
             costs = total + factor.cost[j] * (target - value).square()
@@ -1902,7 +1904,7 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
             last_code[i] = code.to(torch.int8)
             took_b[i] = b_wins
 
-        # Backward: read the codes off the cheapest survivor. Those of the lookahead will be decided again.
+        # Backward: read the codes off the cheapest survivor. The next block overwrites those of the lookahead.
         path_state = total.argmin(0)
         for i, j in reversed(list(enumerate(range(begin, stop)))):
             if j == end - 1:
@@ -1914,7 +1916,7 @@ def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tens
 
         decided = slice(begin, end)
         error = w[:, decided] - dequantize(codes[:, decided], quantizers[:, decided], step)
-        from_blocks[:, end:] += error @ factor.feedback[decided, end:]
+        from_earlier_blocks[:, end:] += error @ factor.feedback[decided, end:]
     return codes
 
 
@@ -2287,7 +2289,7 @@ def read_artifact(path: Path) -> ArtifactParts:
             with torch.device("meta"):
                 model = GPT(header.config)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{path} has a header that describes no model of this script: {error!s:.600}") from None
+            raise ValueError(f"{path} has a header that describes no model for this script: {error!s:.600}") from None
         n_parameters = sum(p.numel() for p in model.parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")
@@ -2419,7 +2421,7 @@ class Attempt(NamedTuple):
 
 
 def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
-    """The file with weights as exact as MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 % of the limit.
+    """The artifact with the finest steps that MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 %.
 
     Looks for the step by the secant method: twice with one state, which is fast, then with TRELLIS_STATES.
     """
@@ -2465,18 +2467,18 @@ def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
 
 
 def bytes_besides_codes(model: GPT) -> int:
-    """About what the file takes besides codes: other weights, exponents and classes, the coder's lanes, the header."""
+    """About what the file takes besides codes: other weights, the coder's lanes and the header."""
     stored = [tensor.n_bytes for tensor in tensor_table(model, "trellis_ans") if tensor.kind != "codes"]
     most_rows = max(layer.weight.size(0) for layer in coded_layers(model).values())
     return sum(stored) + 4 * min(ANS_LANES, most_rows) + 1024
 
 
 def bytes_limit(model: GPT, n_codes: int, hp: Hyperparameters) -> int:
-    """The size to aim for: that of the largest artifact allowed, but not below half a bit per code."""
+    """The most bytes for the artifact, but at least half a bit per code, even if that is over the run's limit."""
     other_bytes = bytes_besides_codes(model)
     by_total = hp.max_total_bytes - Path(__file__).stat().st_size
     by_weights = int(hp.max_weight_bits * n_codes / 8) + other_bytes
-    # Fewer bits would make no model. A run that had to go below ends over the limit, and says so.
+    # Below half a bit the model would be useless. Such a run ends over the limit and says so.
     lowest = other_bytes + n_codes // 16
     return max(lowest, min(by_total, by_weights))
 

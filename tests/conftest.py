@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,9 +25,8 @@ from shards import write_shard
 import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = re.findall(
-    r"\w+", "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one"
-)
+SENTENCE = "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one"
+WORDS = SENTENCE.split()
 
 SMALL_MODEL: dict[str, Any] = {
     "vocab_size": 64,
@@ -45,7 +45,8 @@ SMALL_RUN: dict[str, Any] = {
     "compile": "0",
 }
 
-settings.register_profile("no_deadline", deadline=None)  # of an example; machines of CI stall
+# A machine that others use too may stall in the middle of an example.
+settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
@@ -60,8 +61,8 @@ class Data(NamedTuple):
     val_documents: list[str]
 
 
-class Run(NamedTuple):
-    """A finished process."""
+class FinishedRun(NamedTuple):
+    """What a process left: status, output, errors and files."""
 
     status: int
     out: str
@@ -69,13 +70,21 @@ class Run(NamedTuple):
     folder: Path
 
     @property
+    def log(self) -> str:
+        return (self.folder / "logs" / "run.txt").read_text()
+
+    @property
     def results(self) -> dict[str, Any]:
         return json.loads((self.folder / "logs" / "run.json").read_text())
 
     @property
+    def artifacts(self) -> list[Path]:
+        return sorted(self.folder.glob("final_model.*.ptz"))
+
+    @property
     def artifact(self) -> Path:
-        found = sorted(self.folder.glob("final_model.*.ptz"))
-        return found[0] if found else self.folder / tg.ARTIFACT_NAMES["int8_zlib"]
+        [path] = self.artifacts
+        return path
 
     @property
     def last_line(self) -> str:
@@ -100,21 +109,21 @@ def config() -> tg.GPTConfig:
 
 @pytest.fixture(scope="session")
 def record_config() -> tg.GPTConfig:
-    """All techniques of the record, small: 7 layers, run as 0 1 2 1 2 1 2 3 4 5 6, layer 0 without XSA."""
-    parts = {"rope_dims": 4, "xsa_last_n": 6, "loop_start": 1, "loop_end": 2}
-    return dataclasses.replace(tg.GPTConfig(), num_layers=7, **parts, **SMALL_MODEL)
+    """PRESET=record with all its techniques, small: 7 layers, run as 0 1 2 1 2 1 2 3 4 5 6, layer 0 without XSA."""
+    changes = {"num_layers": 7, "rope_dims": 4, "xsa_last_n": 6, "loop_start": 1, "loop_end": 2}
+    return dataclasses.replace(tg.GPTConfig(), **changes, **SMALL_MODEL)
 
 
 @pytest.fixture(scope="session")
 def hp() -> tg.Hyperparameters:
-    """Of the published baseline, small."""
+    """Those of the published baseline, for small steps."""
     baseline = tg.from_env(tg.Hyperparameters, {"PRESET": "baseline"})
     return dataclasses.replace(baseline, **SMALL_RUN)
 
 
 @pytest.fixture(scope="session")
 def record_hp() -> tg.Hyperparameters:
-    """Of the record, small."""
+    """Those of PRESET=record, for small steps."""
     return dataclasses.replace(tg.Hyperparameters(), **SMALL_RUN)
 
 
@@ -127,7 +136,8 @@ def random_model() -> Callable[..., tg.GPT]:
         model = tg.GPT(config)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.normal_(0.0, p.size(-1) ** -0.5 if name.endswith(".weight") else 1.0, generator=generator)
+                std = p.size(-1) ** -0.5 if name.endswith(".weight") else 1.0
+                p.normal_(0.0, std, generator=generator)
         return model.eval()
 
     return make
@@ -158,8 +168,13 @@ def train_tokenizer() -> Callable[..., bytes]:
 def documents() -> list[str]:
     """Text that a small model learns something about, with a few characters that only byte pieces can spell."""
     rng = np.random.default_rng(0)
-    plain = [" ".join(rng.choice(WORDS, rng.integers(20, 80))) + "." for _ in range(400)]
-    return [text if i % 20 else f"  {text}\n\u6771\u4eac \U0001f642" for i, text in enumerate(plain)]
+    texts = []
+    for i in range(400):
+        text = " ".join(rng.choice(WORDS, rng.integers(20, 80))) + "."
+        if i % 20 == 0:
+            text = f"  {text}\n\u6771\u4eac \U0001f642"
+        texts.append(text)
+    return texts
 
 
 @pytest.fixture(scope="session")
@@ -176,20 +191,28 @@ def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
     sp = spm.SentencePieceProcessor(model_proto=lossless_tokenizer)
 
     def tokens(texts: list[str]) -> np.ndarray:
-        return np.array([i for text in texts for i in [sp.bos_id(), *sp.encode(text)]], np.uint16)
+        ids = []
+        for text in texts:
+            ids += [sp.bos_id(), *sp.encode(text)]
+        return np.array(ids, np.uint16)
 
     def n_bytes(i: int) -> int:
         if sp.is_control(i):
             return 0
-        return 1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace("\u2581", " ").encode())
+        if sp.is_byte(i):
+            return 1
+        return len(sp.id_to_piece(i).replace("\u2581", " ").encode())
 
-    train, val = tokens(documents[20:]), tokens(documents[:20])
+    train = tokens(documents[20:])
+    val = tokens(documents[:20])
     val_bytes = np.array([n_bytes(int(i)) for i in val], np.uint16)
     assert int(val_bytes.sum()) == sum(len(text.encode()) for text in documents[:20])
+
     write_shard(folder / "fineweb_train_000000.bin", train[:1001])
     write_shard(folder / "fineweb_train_000001.bin", train[1001:])
     write_shard(folder / "fineweb_val_000000.bin", val)
     write_shard(folder / "fineweb_val_bytes_000000.bin", val_bytes)
+
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(lossless_tokenizer)
     return Data(folder, tokenizer, train, val, val_bytes, documents[:20])
@@ -197,7 +220,7 @@ def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
 
 @pytest.fixture(scope="session")
 def tiny_settings(data) -> dict[str, str]:
-    """Environment of a run of the baseline of a few seconds, reproducible to the bit."""
+    """The environment of a baseline run that takes a second or two and can be repeated to the bit."""
     return {
         "PRESET": "baseline",
         "PATH": os.environ.get("PATH", ""),
@@ -227,8 +250,10 @@ def tiny_settings(data) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def record_settings() -> dict[str, str | None]:
-    """Changes to the tiny settings for a run with all techniques: 5 layers, run as 0 1 2 1 2 1 2 3 4, looped from step
-    11 on."""
+    """Changes to the tiny settings for a run with all techniques.
+
+    It has 5 layers, run as 0 1 2 1 2 1 2 3 4 from step 11 on.
+    """
     return {
         "PRESET": "record",
         "NUM_LAYERS": "5",
@@ -243,40 +268,79 @@ def record_settings() -> dict[str, str | None]:
 
 FORK_SERVER = """
 import json, os, runpy, signal, sys
-import numpy, sentencepiece, torch, torch.distributed  # the seconds that every run would spend again
+# What every run would spend seconds on again; torch imports _dynamo with its first optimizer.
+import numpy, sentencepiece, torch, torch.distributed, torch._dynamo
+
+def start(job, rank):
+    for descriptor, name in ((0, os.devnull), (1, rank["out"]), (2, rank["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(rank["env"])
+    signal.alarm(120)
+    sys.argv = [job["script"]]
+    status = 0
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # the interpreter would spend most of a second on taking torch down
 
 for line in sys.stdin:
     job = json.loads(line)
-    child = os.fork()
-    if not child:
-        for fd, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), fd)
-        os.chdir(job["cwd"])
-        os.environ.clear()
-        os.environ.update(job["env"])
-        signal.alarm(120)
-        sys.argv = [job["script"]]
-        runpy.run_path(job["script"], run_name="__main__")
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    children = []
+    for rank in job["ranks"]:
+        child = os.fork()
+        if child == 0:
+            start(job, rank)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(next((status for status in statuses if status != 0), 0), flush=True)
 """
 
 
+def rank_variables(size: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each rank."""
+    if size == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory, tiny_settings) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """A process that has imported torch, and forks for every run of the script: status, output and errors of it."""
-    folder = tmp_path_factory.mktemp("fork_server")
+def fork(tmp_path_factory, tiny_settings) -> Iterator[Callable[..., FinishedRun]]:
+    """A function that runs a script on some ranks, in processes forked from one that has imported torch.
+
+    Output and errors are those of all ranks, one after another. The status is 0 if all ranks say so.
+    """
     server = subprocess.Popen(
         [sys.executable, "-c", FORK_SERVER], env=tiny_settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert server.stdin is not None
     assert server.stdout is not None
+    outputs = tmp_path_factory.mktemp("outputs")
 
-    def run(cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
-        out, err = folder / f"{cwd.name}.out", folder / f"{cwd.name}.err"
-        job = {"cwd": str(cwd), "env": env, "out": str(out), "err": str(err), "script": str(ROOT / "train_gpt.py")}
+    def run(script: str, folder: Path, env: dict[str, str], size: int = 1) -> FinishedRun:
+        ranks = []
+        for rank, variables in enumerate(rank_variables(size)):
+            name = f"{folder.name}.{rank}"
+            out = str(outputs / f"{name}.out")
+            err = str(outputs / f"{name}.err")
+            ranks.append({"env": {**env, **variables}, "out": out, "err": err})
+        job = {"script": script, "cwd": str(folder), "ranks": ranks}
         print(json.dumps(job), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), out.read_text(), err.read_text()
+        status = int(server.stdout.readline())
+        out = "".join(Path(rank["out"]).read_text() for rank in ranks)
+        err = "".join(Path(rank["err"]).read_text() for rank in ranks)
+        return FinishedRun(status, out, err, folder)
 
     yield run
     server.stdin.close()
@@ -284,21 +348,22 @@ def fork_server(tmp_path_factory, tiny_settings) -> Iterator[Callable[..., tuple
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory, tiny_settings, fork_server) -> Callable[..., Run]:
+def run_script(tmp_path_factory, tiny_settings, fork) -> Callable[..., FinishedRun]:
     """A function that runs train_gpt.py, or another command, in an empty directory with the tiny settings.
 
-    A setting of None is taken out of the environment. Only a command is a process from the start on.
+    A setting of None is taken out of the environment. A command gets a Python of its own; the script alone is forked,
+    which is seconds faster.
     """
 
-    def run(*command: str, **settings: str | None) -> Run:
+    def run(*command: str, **settings: str | None) -> FinishedRun:
         folder = tmp_path_factory.mktemp("run")
         env = {name: value for name, value in {**tiny_settings, **settings}.items() if value is not None}
         if not command:
-            return Run(*fork_server(folder, env), folder)
+            return fork(tg.__file__, folder, env)
         done = subprocess.run(
             [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=120
         )
-        return Run(done.returncode, done.stdout, done.stderr, folder)
+        return FinishedRun(done.returncode, done.stdout, done.stderr, folder)
 
     return run
 
@@ -308,8 +373,10 @@ def text(tmp_path_factory, documents, lossless_tokenizer) -> Path:
     """Shards of the small text as data/build_shards.py makes them, manifest and all, with its tokenizer beside."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "given.model").write_bytes(lossless_tokenizer)
-    for name, texts in (("text", documents), ("unseen", documents[::-1])):  # the first 20 are the validation split
-        (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    # The first 20 documents are the validation split, so that the two sets of shards are scored on different text.
+    for name, texts in (("text", documents), ("unseen", documents[::-1])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / "docs.jsonl").write_text("".join(lines))
         options = ["--input", "docs.jsonl", "--val-docs", "20", "--tokenizer", "given.model", "--out", "."]
         command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, "--workers", "1", "--name", name]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
@@ -318,7 +385,7 @@ def text(tmp_path_factory, documents, lossless_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(run_script) -> Run:
+def trained(run_script) -> FinishedRun:
     """One whole run of the script, looked at by many tests."""
     run = run_script()
     assert run.status == 0, run.err
@@ -326,7 +393,7 @@ def trained(run_script) -> Run:
 
 
 @pytest.fixture(scope="session")
-def trained_record(run_script, record_settings) -> Run:
+def trained_record(run_script, record_settings) -> FinishedRun:
     """One whole run of the script with all techniques."""
     run = run_script(**record_settings)
     assert run.status == 0, run.err

@@ -283,6 +283,8 @@ def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
     if preset not in PRESETS:
         raise ValueError(f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
     reject_misspelt(env)
+    if env.get("TIE_EMBEDDINGS", "1") != "1":
+        raise ValueError("TIE_EMBEDDINGS=0 is not supported, the embedding is always the output matrix too: unset it")
 
     preset_values = dict(item.split("=") for item in PRESETS[preset].split())
     texts = {**preset_values, **env}
@@ -308,8 +310,6 @@ def parse_setting(name: str, text: str, kind: Any) -> Any:
 
 def reject_misspelt(env: Mapping[str, str]) -> None:
     """Raise ValueError for a variable that is one edit away from a setting: it would be ignored without a word."""
-    if env.get("TIE_EMBEDDINGS", "1") != "1":
-        raise ValueError("TIE_EMBEDDINGS=0 is not supported, the embedding is always the output matrix too: unset it")
     for name in sorted(env.keys() - SETTINGS):
         if name.startswith(FOREIGN):
             continue

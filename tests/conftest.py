@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import sentencepiece as spm
+import submission
 import torch
 from hypothesis import settings
 from shards import write_shard
 
 import train_gpt as tg
+from records import TRACK
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCE = "the a cat dog bird sat ran flew on under over mat tree house and then it was seen again by every other one"
@@ -398,3 +400,19 @@ def trained_record(run_script, record_settings) -> FinishedRun:
     run = run_script(**record_settings)
     assert run.status == 0, run.err
     return run
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
+    """A record that tools/submission.py made of two real runs."""
+    records = tmp_path_factory.mktemp("records")
+    settings = {**record_settings, "DATA_PATH": str(text), "TOKENIZER_PATH": str(text / "tokenizer.model")}
+    settings |= {"TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "1024"}  # so that a row holds several documents
+    runs = []
+    for seed in ("1", "2"):
+        run = run_script(**settings, SEED=seed, MAX_WEIGHT_BITS="4", OUT_DIR="logs", ARTIFACT_DIR=str(records / seed))
+        assert run.status == 0, run.err
+        runs.append(str(run.folder / "logs" / "run.json"))
+    about = ["--track", TRACK, "--name", "Honest", "--author", "x", "--github-id", "y", "--blurb", "z"]
+    assert submission.main(["new", *about, "--records", str(records), "--artifact", "--runs", *runs]) == 0
+    return next((records / TRACK).iterdir())

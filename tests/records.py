@@ -11,7 +11,11 @@ from typing import Any
 
 import judge
 import record
+import sandbox
 import verify
+
+TRACK = "track_non_record_16mb"
+HAS_NAMESPACES = sandbox.isolation() == "namespaces"
 
 # A script with this at its end is an honest one of class B.
 ADAPTIVE = '''

@@ -451,3 +451,28 @@ class Tokenizer:
 
         bounds = np.concatenate([[0], begins[1:], [len(raw)]])
         return ids, np.diff(source_offsets(self.transform, raw)[bounds])
+
+
+# --- What a model file may hold ---
+
+# Characters: SentencePiece's default for the longest piece that it trains.
+LONGEST_PIECE = 16
+
+
+def model_pieces(model: bytes) -> list[str]:
+    """The pieces of a model that stand for text."""
+    sp = spm.SentencePieceProcessor(model_proto=model)
+    return [sp.id_to_piece(i) for i in range(sp.get_piece_size()) if not sp.is_byte(i) and not sp.is_control(i)]
+
+
+def model_faults(model: bytes) -> list[str]:
+    """Why a model could hold more of a text than a tokenizer needs to; empty if it could not."""
+    longest = max(map(len, model_pieces(model)))
+    if longest > LONGEST_PIECE:
+        return [f"its longest piece has {longest} characters, at most {LONGEST_PIECE} are allowed"]
+    return []
+
+
+def vocabulary_bytes(model: bytes) -> int:
+    """The bytes of all pieces that stand for text."""
+    return sum(len(piece.encode()) for piece in model_pieces(model))

@@ -3,54 +3,302 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import math
 import pickle
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import judge
 import numpy as np
 import pytest
 import record
+import sentencepiece as spm
 import torch
-from shards import read_shard
+from shards import read_shard, write_shard
+from tokenizer import PIECE, PIECES, SCORE, TYPE, Tokenizer, byte_model, read_message, write_message
 
 import train_gpt as tg
-from records import ADAPTIVE, HAS_NAMESPACES, WRAPPED, failed, forge, rescored
+from records import ADAPTIVE, HAS_NAMESPACES, TRACK, WRAPPED, failed, forge, rescored
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # --- The judge's own arithmetic ---
 
 
-@pytest.mark.parametrize(("method", "stride"), [("document", 0), ("flat", 0), ("flat", 5), ("document", 5)])
+class InProcess:
+    """Stands where judge.RecordProcess would, with a function of this process in place of the record's code."""
+
+    def __init__(self, config: tg.GPTConfig, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.config = config
+        self.logits = torch.inference_mode()(logits)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def next_token(self, ids: torch.Tensor, columns: list[int]) -> torch.Tensor:
+        return self.logits(ids)[torch.arange(len(columns)), columns].log_softmax(1)
+
+
+def options(**changed: object) -> judge.Options:
+    return judge.Options(data=Path(), tokenizer=Path(), data_is_own=False, **changed)
+
+
+def judged_fixed(
+    config: tg.GPTConfig, split: tg.ValSplit, logits: Callable[[torch.Tensor], torch.Tensor], seed: int = 0
+) -> tuple[judge.UnitScores, set[str]]:
+    """The score of class A, and the names of the checks that fail."""
+
+    def start() -> InProcess:
+        return InProcess(config, logits)
+
+    scores, checks = judge.judge_fixed(start(), start, split, options(), np.random.default_rng(seed))
+    return scores, failed(checks)
+
+
+METHODS = [("document", 0), ("flat", 0), ("flat", 5), ("document", 5)]
+
+
+@pytest.mark.parametrize(("method", "stride"), METHODS)
 def test_the_judge_sums_as_the_script_evaluates(random_model, record_config, data, method, stride):
-    """And remembers of the places it asks again what really stood before them."""
+    """And an honest model passes, whatever its windows."""
     config = dataclasses.replace(
         record_config, vocab_size=320, eval_method=method, eval_stride=stride, compute_dtype="float32"
     )
     model = random_model(config)
-    split = tg.ValSplit(data.val, data.val_bytes, {"partial": False})
+    split = tg.ValSplit(data.val[:150], data.val_bytes[:150], {"partial": False})
     expected = tg.evaluate(model, split, config, 256, tg.World())
-    process = SimpleNamespace(config=config, logits=torch.inference_mode()(model))
-    scores, scoring = judge.score_fixed(process, split, 0, np.random.default_rng(0))
+    scores, failures = judged_fixed(config, split, model)
+    assert failures == set()
     assert (scores.n_targets, scores.bytes.sum()) == (expected.tokens, expected.bytes)
-    assert scores.nats.sum() == pytest.approx(expected.nats, rel=1e-9)
+    assert scores.nats.sum() == pytest.approx(expected.nats, rel=1e-6)
     assert scores.whole
 
-    n_rows = len(tg.pack_rows(tg.scoring_windows(data.val, config), data.val, config))
-    assert sum(probe.at_random for probe in scoring.probes) == min(judge.PROBES, n_rows)
-    asked = [probe for turn in judge.in_turns(scoring.probes) for probe in turn]
-    assert {probe.position for probe in asked} <= {probe.position for probe in scoring.probes}
-    for i, probe in enumerate(asked):
-        assert (split.ids[probe.seen] == probe.row).all()
-        assert probe.seen[-1] == probe.position - 1
-        assert (probe.row[-len(probe.document) :] == probe.document).all()
-        assert config.bos_id not in probe.document[1:]
-        assert probe.target == split.ids[probe.position]
-        assert not {later.position for later in asked[i:]}.intersection(probe.seen.tolist())
-    for probe in asked[::16]:
-        predicted = model(torch.from_numpy(probe.row)[None])[0, -1].log_softmax(0)
-        torch.testing.assert_close(probe.log_probs, predicted, atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize(("method", "stride"), METHODS)
+def test_nobody_has_seen_a_token_when_it_is_asked_for(record_config, data, method, stride):
+    """Places are asked in turns; no turn so far, this one included, shows the target of any place in it."""
+    config = dataclasses.replace(
+        record_config, vocab_size=320, eval_method=method, eval_seq_len=256, eval_stride=8 * stride
+    )
+    rng = np.random.default_rng(0)
+    split = tg.ValSplit(data.val, data.val_bytes, {})
+    rows = judge.sample_windows(split, config, 0, rng).rows
+    places = judge.draw_places(data.val, rows, config.eval_seq_len, rng)
+    turns = judge.in_turns(places)
+    assert sorted(i for turn in turns for i in turn) == list(range(len(places)))
+
+    shown = set()
+    documents = judge.first_of_documents(places, data.val, config.bos_id)
+    assert method == "flat" or documents
+    for i, ids in documents.items():
+        begin = places[i].position - len(ids)
+        assert (data.val[begin : places[i].position] == ids).all()
+        shown.update(range(begin + 1, places[i].position))  # that a document opens with BOS is no secret
+    for turn in turns:
+        for i in turn:
+            shown.update(position for part in places[i].before for position in part)
+        assert not shown.intersection(places[i].position for i in turn)
+
+
+def test_places_have_the_context_of_their_row(record_config, data):
+    """What stands before a place is what the root's script feeds the model in the columns up to it."""
+    config = dataclasses.replace(
+        record_config, vocab_size=320, eval_method="document", eval_seq_len=256, eval_stride=40
+    )
+    rng = np.random.default_rng(0)
+    split = tg.ValSplit(data.val, data.val_bytes, {})
+    rows = judge.sample_windows(split, config, 0, rng).rows
+    batch = tg.fill_rows(rows, data.val, len(rows), config.eval_seq_len)
+    for place in judge.draw_places(data.val, rows, config.eval_seq_len, rng):
+        row = batch.inputs[place.row].numpy()
+        assert (row[: place.column + 1] == place.context(data.val)).all()
+        assert batch.positions[place.row, place.column] == place.position
+        assert data.val[place.position] == place.target
+
+
+@pytest.mark.parametrize("n_targets", [1, 30, 999, 5000, 68_785, 10**6, 62 * 10**6])
+def test_the_number_of_places_keeps_the_promise(n_targets):
+    """Draws without replacement miss all leaks, 1 in 1,000 targets, in at most 1 of 100 cases (hypergeometric)."""
+    n_places = judge.places_needed(n_targets)
+    n_leaks = max(1, math.ceil(n_targets / 1000))
+    miss = math.prod((n_targets - n_places - i) / (n_targets - i) for i in range(n_leaks))
+    assert miss <= 0.0101
+    assert n_places <= min(n_targets, 4606)
+
+
+def test_places_are_drawn_at_random_and_where_a_leak_pays():
+    rng = np.random.default_rng(0)
+    ids = np.where(rng.random(40_000) < 0.9, 7, rng.integers(2, 500, 40_000)).astype(np.uint16)
+    targets = np.arange(1, 40_000)
+    positions, at_random = judge.draw_positions(ids, targets, rng)
+    assert at_random.sum() == judge.places_needed(len(targets))
+    assert len(np.unique(positions)) == len(positions) == int(1.25 * at_random.sum())
+    assert np.isin(positions, targets).all()
+    assert (ids[positions[at_random]] == 7).mean() == pytest.approx(0.9, abs=0.02)
+    assert (ids[positions[~at_random]] == 7).mean() < 0.5
+
+
+@pytest.mark.parametrize("seq_len", [64, 500])
+def test_a_leak_at_one_place_in_a_thousand_is_found(record_config, seq_len):
+    """Text of a Markov chain, predicted by the chain itself but for a few places, where the next token is known.
+
+    Also where the text fills few rows.
+    """
+    rng = np.random.default_rng(0)
+    chain = rng.dirichlet(np.full(64, 0.3), 64)
+    ids = [1]
+    for u in rng.random(8000):
+        ids.append(int(chain[ids[-1]].cumsum().searchsorted(u)))
+    split = tg.ValSplit(np.array(ids, np.uint16), np.ones(len(ids), np.uint16), {})
+    config = dataclasses.replace(record_config, vocab_size=64, eval_method="flat", eval_seq_len=seq_len, eval_stride=0)
+    config = dataclasses.replace(config, document_masks=False)
+    table = torch.from_numpy(chain).float().clamp_min(1e-9).log()
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        """Knows the target if a sum over the three tokens before it and itself says so."""
+        padded = torch.nn.functional.pad(ids, (2, 1))
+        known = (padded.unfold(1, 4, 1) @ torch.tensor([7, 11, 13, 17]) % 997 == 0)[..., None]
+        return torch.where(known, 9.0 * torch.nn.functional.one_hot(padded[:, 3:], 64), table[ids])
+
+    assert judged_fixed(config, split, lambda ids: table[ids])[1] == set()
+    for seed in range(2):
+        assert judged_fixed(config, split, logits, seed)[1] == {"causal"}
+
+
+def test_a_channel_between_the_processes_does_not_help(random_model, record_config, data):
+    """The scored process tells all that it sees, and every process looks there for what follows its context."""
+    config = dataclasses.replace(record_config, vocab_size=320, eval_method="document", compute_dtype="float32")
+    model = random_model(config)
+    split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {})
+    told: dict[tuple[int, ...], int] = {}
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        for row in ids.tolist():
+            for column in range(3, len(row)):
+                told[tuple(row[column - 3 : column])] = row[column]
+        answer = model(ids).clone()
+        for i, row in enumerate(ids.tolist()):
+            for column in range(2, len(row)):
+                following = told.get(tuple(row[column - 2 : column + 1]))
+                if following is not None:
+                    answer[i, column, following] += 2.0
+        return answer
+
+    scores, failures = judged_fixed(config, split, logits)
+    honest, _ = judged_fixed(config, split, model)
+    assert scores.bpb < honest.bpb - 0.5
+    assert "causal" in failures
+
+
+class Adaptive:
+    """Stands where a judge.RecordProcess of class B would. It knows a chunk as soon as any process has seen it."""
+
+    def __init__(self, config: tg.GPTConfig, told: set[tuple[int, ...]] | None) -> None:
+        self.config = config
+        self.told = told
+        self.counts = torch.ones(config.vocab_size)
+
+    __enter__ = InProcess.__enter__
+    __exit__ = InProcess.__exit__
+
+    def predict(self, ids: np.ndarray) -> torch.Tensor:
+        rows = (self.counts / self.counts.sum()).log().repeat(len(ids), 1)
+        if self.told is None:
+            return rows
+        self.told.add(tuple(ids.tolist()))
+        for place in range(len(ids)):
+            for chunk in self.told:
+                if chunk[:place] == tuple(ids[:place].tolist()) and len(chunk) == len(ids):
+                    rows[place, chunk[place]] += 2.0
+        return rows.log_softmax(1)
+
+    def predict_at(self, ids: np.ndarray, place: int) -> torch.Tensor:
+        return self.predict(ids)[place]
+
+    def observe(self, ids: np.ndarray) -> None:
+        self.counts += torch.bincount(torch.from_numpy(ids), minlength=len(self.counts))
+
+
+@pytest.mark.parametrize(("seq_len", "told", "expected"), [(16, None, set()), (16, set(), {"causal"})])
+def test_a_channel_does_not_help_an_adaptive_predictor(record_config, data, seq_len, told, expected):
+    config = dataclasses.replace(record_config, vocab_size=320, eval_seq_len=seq_len)
+    split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {})
+
+    def start() -> Adaptive:
+        return Adaptive(config, told)
+
+    scores, checks = judge.judge_adaptive(start(), start, split, options(), np.random.default_rng(0))
+    assert expected <= failed(checks) if expected else not failed(checks), checks
+    assert scores.whole
+
+
+def test_every_chunk_of_an_adaptive_predictor_is_asked_about(record_config, data):
+    """A single chunk too, in which a place in eight is known."""
+    config = dataclasses.replace(record_config, vocab_size=320, eval_seq_len=400)
+    split = tg.ValSplit(data.val[:400], data.val_bytes[:400], {})
+
+    class KnowsSome(Adaptive):
+        def predict(self, ids: np.ndarray) -> torch.Tensor:
+            rows = super().predict(ids)
+            known = torch.arange(0, len(ids), 8)
+            rows[known, torch.from_numpy(ids)[known]] += 5.0
+            return rows.log_softmax(1)
+
+    def start() -> Adaptive:
+        return KnowsSome(config, None)
+
+    _, checks = judge.judge_adaptive(start(), start, split, options(), np.random.default_rng(0))
+    assert "causal" in failed(checks)
+
+
+def test_a_context_that_would_take_days_to_ask_about_is_refused():
+    judge.require_affordable(5000, 2048, 10**5)
+    judge.require_affordable(5753, 2**15, 62 * 10**6)
+    with pytest.raises(judge.RecordError, match="EVAL_SEQ_LEN=13421 or less") as error:
+        judge.require_affordable(5000, 2**15, 35_000)
+    assert error.value.check == "causal"
+
+
+def test_padding_tells_nothing(record_config, data):
+    """The scored rows are filled with text behind their documents, and all other cells keep what they hold."""
+    config = dataclasses.replace(record_config, vocab_size=320, eval_method="document")
+    split = tg.ValSplit(data.val, data.val_bytes, {})
+    rng = np.random.default_rng(0)
+    rows = judge.sample_windows(split, config, 0, rng).rows
+    padded = tg.fill_rows(rows, data.val, len(rows) + 2, config.eval_seq_len)
+    filled = tg.fill_rows(rows, data.val, len(rows) + 2, config.eval_seq_len)
+    judge.hide_ends(filled, rows, data.val, rng)
+    used = padded.targets != 0
+    assert (filled.inputs[used] == padded.inputs[used]).all()
+    assert (padded.inputs == 0).any()
+    assert (filled.inputs != 0).all()
+
+
+def test_rounding_follows_from_what_was_measured():
+    """Within bounds, so that a record which answers at random explains nothing with it."""
+    same = torch.full((4,), 0.25).log()
+    bounds = judge.LEAST_ROUNDING, judge.MOST_ROUNDING
+    for changed, expected in ((0.0, bounds[0]), (1e-3, None), (1.0, bounds[1])):
+        answers = judge.Answers()
+        answers.compare(0, True, same, (same + torch.tensor([changed, 0.0, 0.0, 0.0])).log_softmax(0))
+        found = answers.rounding()
+        if expected is not None:
+            assert found == expected
+        else:
+            assert bounds[0].nats < found.nats < bounds[1].nats
+            assert bounds[0].distance < found.distance < bounds[1].distance
+        assert judge.check_repeated(answers).ok == (changed < 1.0)
 
 
 def test_units_are_documents_or_windows(record_config):
@@ -63,51 +311,54 @@ def test_units_are_documents_or_windows(record_config):
         assert judge.units_of_targets(windows, split, config).tolist() == expected
 
 
-def test_a_leak_at_one_place_in_a_thousand_is_among_those_asked_again(record_config):
-    """Text of a Markov chain, predicted by the chain itself but for a few places, where it is known: chance would find
-    such a place in two runs of five, the places where a record knows more than a bigram model hold one always."""
-    rng = np.random.default_rng(0)
-    chain = rng.dirichlet(np.full(64, 0.3), 64)
-    ids = [1]
-    for u in rng.random(60_000):
-        ids.append(int(chain[ids[-1]].cumsum().searchsorted(u)))
+@pytest.mark.parametrize("ids", [[1, 5, 6, 1, 7], [1, 5, 6, 1, 7, 1], [5, 6, 1, 7], [5, 6, 7]])
+def test_a_whole_split_is_whole_wherever_documents_begin(ids):
+    """Also if it ends with a BOS, or has none: BOS is 1."""
     split = tg.ValSplit(np.array(ids, np.uint16), np.ones(len(ids), np.uint16), {})
-    config = dataclasses.replace(record_config, vocab_size=64, eval_method="flat", eval_seq_len=64, eval_stride=0)
-    table = torch.from_numpy(chain).float().clamp_min(1e-9).log()
-
-    def leaks(place: torch.Tensor) -> torch.Tensor:
-        """Whether there is a leak. (..., 4) the three tokens before a place and the one at it -> (...)"""
-        return (place @ torch.tensor([7, 11, 13, 17])) % 997 == 0
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(ids, (2, 1))
-        known = leaks(padded.unfold(1, 4, 1))[..., None]
-        return torch.where(known, 9.0 * torch.nn.functional.one_hot(padded[:, 3:], 64), table[ids])
-
-    process = SimpleNamespace(config=config, logits=logits)
-    found_by_chance = 0
-    for seed in range(10):
-        _, scoring = judge.score_fixed(process, split, 0, np.random.default_rng(seed))
-        places = [[*[0, 0, *probe.row.tolist()][-3:], probe.target] for probe in scoring.probes]
-        is_leak = leaks(torch.tensor(places)).numpy()
-        at_random = np.array([probe.at_random for probe in scoring.probes])
-        assert is_leak[~at_random].any()
-        found_by_chance += is_leak[at_random].any()
-    assert found_by_chance < 10
+    starts = np.flatnonzero(split.ids == 1)
+    scores = judge.sum_by_document(np.ones(len(ids)), split, starts)
+    assert scores.whole
+    assert scores.nats.sum() == len(ids) - 1
+    assert not judge.sum_by_document(np.ones(len(ids) - 1), split, starts).whole
 
 
-def test_the_interval_of_a_sample_covers_the_score_of_the_whole():
-    """The 95 % interval covers the truth about 95 times in 100."""
+@pytest.mark.parametrize("n", [judge.MIN_SAMPLE, 60])
+def test_a_sample_does_not_accuse_honest_records(n):
+    """Documents as skewed as those of the web: the interval covers the truth, and the check passes nearly always."""
     rng = np.random.default_rng(0)
-    n_bytes = rng.integers(100, 2000, 1000)
-    nats = n_bytes * rng.normal(1.0, 0.2, 1000)
+    n_bytes = np.exp(rng.normal(7, 1, 2000))
+    nats = n_bytes * rng.normal(0.8, 0.05, 2000)
     truth = nats.sum() / math.log(2) / n_bytes.sum()
-    hits = 0
-    for _ in range(400):
-        chosen = rng.choice(1000, 50, replace=False)
-        scores = judge.UnitScores(nats[chosen], n_bytes[chosen], 0, 1000)
-        hits += abs(scores.bpb - truth) <= scores.interval
-    assert 0.91 <= hits / 400 <= 0.99
+    covered = 0
+    accused = 0
+    for _ in range(500):
+        chosen = rng.choice(2000, n, replace=False)
+        scores = judge.UnitScores(nats[chosen], n_bytes[chosen], 0, 2000)
+        covered += abs(scores.bpb - truth) <= scores.interval
+        accused += not judge.check_score("score", scores, truth, judge.SAME_SCORE).ok
+    assert 0.87 <= covered / 500 <= 0.99
+    assert accused / 500 <= 0.02
+
+
+def test_what_is_not_compared_is_not_ok():
+    """A few documents, and the first documents of an adaptive predictor, confirm no claim."""
+    ones = np.ones(judge.MIN_SAMPLE - 1)
+    few = judge.UnitScores(ones, ones, 5, 100)
+    assert not judge.check_score("score", few, few.bpb, judge.SAME_SCORE).ok
+    first = judge.UnitScores(np.ones(50), np.ones(50), 50, 100, is_prefix=True)
+    assert not judge.check_score("score", first, first.bpb, judge.SAME_SCORE).ok
+    whole = judge.UnitScores(np.ones(50), np.ones(50), 50, 50)
+    assert judge.check_score("score", whole, whole.bpb, judge.SAME_SCORE).ok
+    assert not judge.check_score("score", whole, whole.bpb - 0.00098, judge.SAME_SCORE).ok
+
+
+def test_without_walls_nothing_of_a_record_runs_unless_asked_for(honest, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "isolation", lambda: "none: no user namespaces")
+    folder = forge(honest, tmp_path / TRACK / honest.name, f"Path({str(tmp_path / 'ran')!r}).touch()\n")
+    checks = rescored(folder)
+    assert failed(checks) == {"isolation"}
+    assert "--without-walls" in checks[0].reason
+    assert not (tmp_path / "ran").exists()
 
 
 # --- Records that cheat, by --rescore ---
@@ -343,8 +594,8 @@ def adaptive_score(honest: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def checks_of_cheats(honest, tmp_path_factory) -> dict[str, list[judge.Check]]:
-    """The checks of every record that cheats, three at a time: some only wait."""
+def checks_of_cheats(honest, tmp_path_factory) -> Iterator[dict[str, list[judge.Check]]]:
+    """The checks of every record that cheats, three at a time: some only wait. They know more than one in 1,000."""
     root = tmp_path_factory.mktemp("cheats")
 
     def cheat(name: str) -> Path:
@@ -366,8 +617,9 @@ def checks_of_cheats(honest, tmp_path_factory) -> dict[str, list[judge.Check]]:
 
     # Made outside of the threads, where ast.parse is not safe (gh-106905).
     folders = {name: cheat(name) for name in CHEATS}
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(CHEATS, pool.map(run, CHEATS), strict=True))
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(judge, "LEAK_RATE", 50)
+        yield dict(zip(CHEATS, pool.map(run, CHEATS), strict=True))
 
 
 @pytest.mark.slow
@@ -383,25 +635,115 @@ def test_a_record_that_cheats_is_caught_by_name(checks_of_cheats, name):
 # --- Data that cheat ---
 
 
-def test_a_tokenizer_with_long_pieces_is_refused(tmp_path, train_tokenizer, documents):
-    """A vocabulary of whole passages would be a model that counts no bytes."""
-    for length, allowed in ((16, True), (40, False)):
-        path = tmp_path / f"{length}.model"
-        passage = [*documents, *[40 * "zx"] * 2000]
-        path.write_bytes(train_tokenizer(passage, max_sentencepiece_length=length, split_by_whitespace=False))
-        assert judge.check_tokenizer(path).ok == allowed
+def claiming(split: tg.ValSplit, honest: Path, **changed: object) -> record.Submission:
+    """The submission of the honest record, as if it had been scored on this split."""
+    names = {field.name for field in dataclasses.fields(record.Submission)}
+    values = {name: value for name, value in split.identity.items() if name in names}
+    return dataclasses.replace(record.load_submission(honest), **(values | changed))
 
 
-@pytest.mark.parametrize(("lossless", "accounting"), [(False, "sidecar"), ("unknown", "pieces")])
-def test_what_a_record_says_of_its_own_text_must_be_provable(data, lossless, accounting):
-    """Without a lossless tokenizer its own shards prove nothing; those that a judge names are believed."""
-    identity = {"val_accounting": accounting, "val_text_sha256": "0", "tokenizer_lossless": lossless}
-    split = tg.ValSplit(data.val, data.val_bytes, identity)
-    assert judge.check_bytes_of_text(split, data.tokenizer, None, 1, data_is_own=False).ok
-    assert not judge.check_bytes_of_text(split, data.tokenizer, None, 1, data_is_own=True).ok
+def checks_of_text(folder: Path, honest: Path, documents: Path | None = None, **changed: object) -> list[judge.Check]:
+    """What the judge says of the text in a folder of shards, and of its tokenizer."""
+    tokenizer = folder / "tokenizer.model"
+    vocab_size = Tokenizer(tokenizer.read_bytes(), tokenizer).sp.get_piece_size()
+    split = judge.load_split(folder, tokenizer, dataclasses.replace(tg.GPTConfig(), vocab_size=vocab_size))
+    submission = claiming(split, honest, **changed)
+    return judge.check_bytes_of_text(split, tokenizer, documents, 1, submission, data_is_own=True)
 
 
-def test_bytes_before_the_first_document_are_refused(data):
+@pytest.fixture(scope="module")
+def lossy_text(tmp_path_factory, documents) -> Path:
+    """Shards whose tokenizer knows the letters a to m only, with the documents beside them."""
+    folder = tmp_path_factory.mktemp("lossy")
+    known = ["".join(c for c in text if c < "n") for text in documents]
+    trained = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(known), model_writer=trained, model_type="bpe", vocab_size=40, minloglevel=2
+    )
+    model = trained.getvalue()
+    (folder / "some.model").write_bytes(model)
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:40]))
+    (folder / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:20]))
+    options = ["--input", "docs.jsonl", "--val-docs", "20", "--tokenizer", "some.model", "--name", "text"]
+    command = [sys.executable, str(ROOT / "data" / "build_shards.py"), *options, "--out", ".", "--workers", "1"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    shutil.copyfile(folder / "some.model", folder / "datasets" / "text" / "tokenizer.model")
+    return folder / "datasets" / "text"
+
+
+def test_the_judge_decodes_a_lossless_text(text, honest):
+    assert failed(checks_of_text(text, honest)) == set()
+    assert failed(checks_of_text(text, honest, tokenizer_lossless=False)) == {"lossless"}
+
+
+def test_a_lossy_text_needs_its_documents(lossy_text, honest):
+    """And is called lossy, whatever manifest and record say."""
+    documents = lossy_text.parents[1] / "val.jsonl"
+    assert failed(checks_of_text(lossy_text, honest)) == {"bytes_of_text"}
+    assert failed(checks_of_text(lossy_text, honest, documents)) == set()
+    assert failed(checks_of_text(lossy_text, honest, documents, tokenizer_lossless=True)) == {"lossless"}
+
+
+def test_bytes_that_a_lossy_tokenizer_drops_are_not_counted(lossy_text, honest, tmp_path):
+    """A sidecar of the old rule, which gave every byte of the text to some token, with a manifest that agrees."""
+    folder = tmp_path / "text"
+    shutil.copytree(lossy_text, folder)
+    [sidecar] = folder.glob("fineweb_val_bytes_*.bin")
+    n_bytes = np.array(read_shard(sidecar))
+    write_shard(sidecar, np.where(n_bytes > 0, n_bytes + 1, 0).astype(np.uint16))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["val"]["files"][sidecar.name] = record.sha256(sidecar.read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    documents = lossy_text.parents[1] / "val.jsonl"
+    assert failed(checks_of_text(folder, honest, documents)) == {"bytes_of_text"}
+
+
+def test_documents_that_are_not_the_text_are_refused(lossy_text, honest):
+    documents = lossy_text.parents[1] / "docs.jsonl"
+    assert failed(checks_of_text(lossy_text, honest, documents)) == {"bytes_of_text"}
+
+
+def test_bytes_of_pieces_prove_nothing_of_a_record_that_brings_its_text(data, honest):
+    split = tg.ValSplit(data.val, data.val_bytes, {"val_accounting": "pieces", "val_text_sha256": "unknown"})
+    for is_own in (True, False):
+        checks = judge.check_bytes_of_text(split, data.tokenizer, None, 1, claiming(split, honest), is_own)
+        assert failed(checks) == ({"bytes_of_text"} if is_own else set())
+
+
+def test_bytes_before_the_first_document_are_refused(data, honest):
     identity = {"val_accounting": "sidecar", "val_text_sha256": "0", "tokenizer_lossless": False}
     late = tg.ValSplit(data.val[1:], data.val_bytes[1:], identity)
-    assert not judge.check_bytes_of_text(late, data.tokenizer, None, 1, data_is_own=False).ok
+    checks = judge.check_bytes_of_text(late, data.tokenizer, None, 1, claiming(late, honest), data_is_own=False)
+    assert failed(checks) == {"bytes_of_text"}
+
+
+def test_a_text_of_the_standard_library_is_a_demonstration(honest):
+    """Every process in the sandbox can read it there."""
+    submission = record.load_submission(honest)
+    assert not judge.check_hidden([textwrap.__doc__ or "", Path(textwrap.__file__).read_text()], submission).ok
+    assert judge.check_hidden(["A text that stands in no library, as far as anybody knows.\n" * 3], submission).ok
+
+
+def test_a_vocabulary_cut_from_the_scored_text_is_refused(tmp_path, documents):
+    """Its pieces are passages of 16 characters in the order of the text: a model that says id + 1 knows everything.
+
+    Pieces that were trained on other text pass, also where the vocabulary is large for the text.
+    """
+    letters = random.Random(0)
+    text = "".join(letters.choice("abcdefghij ") for _ in range(16 * 600))
+    passages = list(dict.fromkeys(text[i : i + 16].replace(" ", "\u2581") for i in range(0, len(text), 16)))
+    fields = [*read_message(byte_model())]
+    pieces = [(PIECES, write_message([(PIECE, piece.encode()), (SCORE, 0.0), (TYPE, 1)])) for piece in passages]
+    n_special = sum(field == PIECES for field, _ in fields)
+    forged = tmp_path / "forged.model"
+    forged.write_bytes(write_message([*fields[:n_special], *pieces, *fields[n_special:]]))
+
+    ids = np.arange(n_special, n_special + len(passages), dtype=np.uint16)
+    split = tg.ValSplit(ids, np.full(len(ids), 16, np.uint16), {})
+    assert not judge.check_vocabulary(split, forged).ok
+
+
+def test_a_trained_vocabulary_passes(text):
+    tokenizer = text / "tokenizer.model"
+    split = judge.load_split(text, tokenizer, dataclasses.replace(tg.GPTConfig(), vocab_size=320))
+    assert judge.check_vocabulary(split, tokenizer).ok

@@ -1,18 +1,35 @@
 """Scores a record without trusting its code, which turns ids into logits in a sandbox. Everything else happens here.
 
 The text, its bytes, the windows, the softmax and the sums are those of the root's train_gpt.py and of the documents, so
-that nothing the record's code does can change what is counted. A fixed predictor (class A) is asked for logits, and
-what it answered at some secret places is asked again in a second process that never sees what follows there. An
-adaptive predictor (class B) is asked for the distributions of a chunk before it may observe the chunk. The command is
-tools/verify.py.
+that nothing the record's code does can change what is counted. The command is tools/verify.py.
 
-    load_artifact(path, device)    class A: a module with .config as GPTConfig; module(ids) are its logits
-    load_predictor(path, device)   class B: .config as GPTConfig, and
+    load_artifact(path, device)    class A, a fixed predictor: a module with .config as GPTConfig; module(ids) are its
+                                   logits
+    load_predictor(path, device)   class B, one that adapts: .config as GPTConfig, and
     .predict(ids) -> (T, V)        log-probabilities; row t is the distribution of ids[t], given all that was observed
                                    before and ids[:t]
     .observe(ids)                  called once for every chunk, after it was scored
 
 All ids are int64 tensors on the CPU, (B, T) for class A and (T,) for class B.
+
+Whether a record knows what it has not seen. Before anything is scored, the judge draws places of the text that nobody
+can guess. For each it asks a process of the record, the blind one, for the distribution of the next token, and shows it
+only what may be known there. Then the text is scored, and at those places the same distributions have to come out. What
+makes this safe is the order, not the walls of the sandbox. Two processes on one machine can always exchange a few bits,
+by locks, by what the kernel keeps in memory, by the time that things take. So no process of the record may have seen
+the token at a place, or anything that follows, before the blind one has answered there:
+
+- Class A: all places are asked before the first row is scored. A place is asked before every other place whose context
+  shows its token, and never in one batch with it (`in_turns`).
+- Class B: all places of a chunk are asked before the chunk is scored, from left to right, in a process that observed
+  the same chunks. Nobody in the sandbox has seen the chunk then.
+
+A record that answers honestly while it is asked and knows more while it is scored gives other distributions, and one
+that guesses which places were drawn guesses in vain. Places are not chosen afterwards by how much the record knew
+there, because by then a process of the record has seen the whole text. Where a leak would pay is estimated beforehand
+instead, by a bigram model of the text. What this cannot see is knowledge that lies in the artifact, the script or the
+tokenizer from the beginning: for this there are the check `tokenizer`, --unseen and --rerun. And no earlier judging on
+the same machine should have left a trace of the text: use a machine, or a start of it, that the record has not run on.
 
 The score that a record of class B claims is that of this loop over the whole validation split `ids`, and its script has
 to report it as val_loss and val_bpb:
@@ -30,11 +47,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import heapq
 import math
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,8 +61,9 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from record import ROOT, Check, Submission, verdict
+from record import ROOT, Check, Submission, known_text, verdict
 from sandbox import Bind, Limits, Sandboxed, isolation
+from significance import student_quantile
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from worker import FORBIDDEN_EVENTS, FORBIDDEN_FILE, SCORING_FIELDS, receive, send
@@ -57,7 +75,7 @@ sys.path.insert(0, str(ROOT / "data"))
 sys.path.insert(0, str(ROOT))
 from documents import framed, read_documents
 from shards import write_shard as write_shard
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, model_faults, vocabulary_bytes
 
 import train_gpt as tg
 
@@ -68,17 +86,22 @@ MAX_CONFIG_BYTES = 2**16
 MAX_ROW_LOGITS = 2**28
 BATCH_TOKENS = 524_288  # per forward pass, at most
 
-# SentencePiece's default for the longest piece that it trains.
-MAX_PIECE_CHARACTERS = 16
-
-# Places that are asked again: up to this many at random, and up to half as many where the record did surprisingly well.
-PROBES = 512
-PROBE_ROWS = 32  # per forward pass, at most
-MAX_TURNS = 8
+# The promise: a record that knows its target at one place in LEAK_RATE is found with a chance of POWER. For this,
+# places are drawn at random (`places_needed`), and this share of their number besides, with chances in proportion to
+# what a bigram model loses at a place, because that is where a leak pays most.
+LEAK_RATE = 1000
+POWER = 0.99
+COSTLY_SHARE = 0.25
+# Tokens that all questions may cost together: so many, or so many times the tokens of the text if those are more.
+MAX_QUESTION_TOKENS = 2**26
+MAX_QUESTION_TEXTS = 4
+QUESTION_ROWS = 32  # per forward pass, at most
+QUESTION_COLUMNS = 16  # the width of a forward pass is a multiple of this
+# Questions that are asked twice, to measure how much rounding changes the answers of this record.
+REPEATED_QUESTIONS = 64
 
 # A token that occurs more often than this is predicted more by the bigrams than by the unigrams of the text.
 BIGRAM_BACKOFF = 8.0
-MAX_LOG_RATIO = 12.0  # nats
 
 # What rounding explains: a sum of probabilities whose log is not 0, and a probability that differs when asked twice.
 MAX_LOG_SUM = 1e-3
@@ -86,19 +109,30 @@ MAX_CHANGE = 1e-4
 
 
 class Rounding(NamedTuple):
-    """How much an answer may differ if the same question stands in another batch, or further left in its row."""
+    """How much an answer may differ if the same question is asked under other circumstances."""
 
     distance: float  # half the sum of the differences of two distributions
     nats: float  # of the target, one standard deviation
 
 
-# Measured on a CPU: 0 in another batch; further left in a row 1e-6 and 2e-7 in float32, 0.01 and 0.004 in bfloat16.
-ROUNDING = {"float32": Rounding(2e-5, 2e-4), "bfloat16": Rounding(2e-2, 0.02)}
+# Whatever is measured of a record, rounding explains at least and at most this. Measured on a CPU with one document
+# further left in its row: 1e-6 and 2e-7 in float32, 0.01 and 0.004 in bfloat16.
+LEAST_ROUNDING = Rounding(2e-5, 2e-4)
+MOST_ROUNDING = Rounding(2e-2, 0.02)
 MAX_DEVIATIONS = 20  # of Rounding.nats, at a single place
 
-# Bits per byte by which the scores of two machines may differ: half of what a record has to gain.
-SAME_SCORE = 0.001
-# Bits per byte: a sample with a wider interval (half width at 95 %) is too small to be compared with a claim.
+# Pieces of the tokenizer that occur once in the text: so many for each one that does not occur, and these besides.
+MAX_ONCE_PER_NEVER = 2
+FREE_ONCE = 64
+MAX_ONCE_SHARE = 0.5  # of the bytes of the text
+# Lines of the text that also stand in the standard library; shorter ones are not counted.
+MAX_LIBRARY_SHARE = 0.1
+MIN_LINE_CHARACTERS = 20
+
+# Bits per byte by which the scores of two machines may differ: a quarter of what a record has to gain.
+SAME_SCORE = 0.0005
+# A sample with fewer units, or a wider interval in bits per byte (half width at 95 %), is not compared with a claim.
+MIN_SAMPLE = 30
 MAX_INTERVAL = 0.1
 # Bits per byte by which the scored text may be easier than unseen text of its source, beyond what chance explains.
 UNSEEN_GAP = 0.02
@@ -242,18 +276,25 @@ class RecordProcess:
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 
-    def request(self, do: str, ids: np.ndarray, max_bytes: int) -> tuple[dict[str, Any], bytes]:
-        header = {"do": do, "shape": list(ids.shape)}
+    def request(self, header: dict[str, Any], ids: np.ndarray, max_bytes: int) -> tuple[dict[str, Any], bytes]:
         # A process that reads nothing would also block `send`.
         with self.deadline("run"):
-            send(self.requests, header, np.ascontiguousarray(ids, "<i8").tobytes())
+            send(self.requests, header | {"shape": list(ids.shape)}, np.ascontiguousarray(ids, "<i8").tobytes())
             return self.next_answer("run", max_bytes)
 
-    def ask(self, do: str, ids: np.ndarray) -> Tensor:
-        """Send ids, int64 of any shape, and receive float32 values of that shape and the vocabulary."""
+    def ask(self, do: str, ids: np.ndarray, columns: Sequence[int] | None = None) -> Tensor:
+        """Send ids, int64 of any shape, and receive float32 values of that shape and the vocabulary.
+
+        With `columns` only the values of one column of each row come back, or of (T,) ids those of some columns.
+        """
         shape = [*ids.shape, self.config.vocab_size]
+        header: dict[str, Any] = {"do": do}
+        if columns is not None:
+            shape = [len(columns), self.config.vocab_size]
+            header["columns"] = list(columns)
+
         n_bytes = 4 * math.prod(shape)
-        header, payload = self.request(do, ids, n_bytes)
+        header, payload = self.request(header, ids, n_bytes)
         if header.get("shape") != shape or len(payload) != n_bytes:
             raise RecordError("run", f"{do} returned shape {header.get('shape')}, not {shape}")
 
@@ -268,12 +309,20 @@ class RecordProcess:
         """(B, T) int64 -> (B, T, V) float32"""
         return self.ask("logits", ids.numpy())
 
+    def next_token(self, ids: Tensor, columns: Sequence[int]) -> Tensor:
+        """Log-probabilities of what follows one column of each row. (B, T) int64, B columns -> (B, V) float32"""
+        return self.ask("logits", ids.numpy(), columns).log_softmax(1)
+
     def predict(self, ids: np.ndarray) -> Tensor:
         """(T,) -> (T, V) float32 log-probabilities"""
         return self.ask("predict", ids)
 
+    def predict_at(self, ids: np.ndarray, place: int) -> Tensor:
+        """Log-probabilities of the token at one place of a chunk. (T,) -> (V,) float32, normalised"""
+        return self.ask("predict", ids, [place])[0].log_softmax(0)
+
     def observe(self, ids: np.ndarray) -> None:
-        self.request("observe", ids, 0)
+        self.request({"do": "observe"}, ids, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,63 +357,149 @@ def check_identity(identity: Mapping[str, Any], submission: Submission) -> Check
 
 
 def check_tokenizer(tokenizer: Path) -> Check:
-    """Whether its pieces are short. Long ones would be a model of the text that counts no bytes."""
+    """Whether the file holds a tokenizer and nothing else that could tell the text (data/tokenizer.py)."""
+    model = tokenizer.read_bytes()
+    problems = model_faults(model)
+    return verdict("tokenizer", problems, f"an ordinary SentencePiece model, {vocabulary_bytes(model)} bytes of pieces")
+
+
+def check_vocabulary(split: tg.ValSplit, tokenizer: Path) -> Check:
+    """Whether the pieces were found in other text, and are not the scored text itself, cut up.
+
+    Of pieces that come from other text, some occur once in the scored one by chance, and then about as many or more do
+    not occur at all (Good 1953). Pieces that are cut from the scored text all occur, most of them once, and a model
+    that knows their order knows the text. With as many idle pieces this can be hidden here, and --unseen shows it.
+    """
     sp = Tokenizer(tokenizer.read_bytes(), tokenizer).sp
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size()) if not sp.is_byte(i) and not sp.is_control(i)]
-    longest = max(map(len, pieces))
-    reason = f"its longest piece has {longest} characters, at most {MAX_PIECE_CHARACTERS} are allowed"
-    return Check("tokenizer", longest <= MAX_PIECE_CHARACTERS, reason)
+    sizes = np.zeros(sp.get_piece_size(), np.int64)
+    for i in range(len(sizes)):
+        piece = sp.id_to_piece(i)
+        is_text = not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
+        if is_text and len(piece) > 1:
+            sizes[i] = len(piece.encode())
+
+    counts = np.bincount(split.ids, minlength=len(sizes))
+    used_once = (counts == 1) & (sizes > 0)
+    n_once = int(used_once.sum())
+    n_never = int(((counts == 0) & (sizes > 0)).sum())
+    share = float(sizes[used_once].sum() / split.bytes[1:].sum(dtype=np.int64))
+    reason = f"{n_once} of its pieces occur once in the text and make up {share:.1%} of it, {n_never} do not occur"
+
+    if n_once > MAX_ONCE_PER_NEVER * n_never + FREE_ONCE:
+        return Check("vocabulary", False, f"{reason}: that many look like the text itself, cut up")
+    if share > MAX_ONCE_SHARE:
+        return Check("vocabulary", False, f"{reason}: score on a longer text, or with a smaller vocabulary")
+    return Check("vocabulary", True, reason)
 
 
 def check_bytes_of_text(
-    split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id: int, data_is_own: bool
-) -> Check:
-    """Whether the byte counts of the data are those of the text, document by document.
+    split: tg.ValSplit, tokenizer: Path, documents: Path | None, bos_id: int, submission: Submission, data_is_own: bool
+) -> list[Check]:
+    """Whether the byte counts of the data are those that the tokens give back, document by document.
 
-    The text is read from `documents`, or decoded from the tokens where the tokenizer is lossless. Where neither is
-    possible, data that the judge names are believed, and data that came with the record (`data_is_own`) are not.
+    Neither the byte counts nor what the manifest says of the tokenizer is believed. A tokenizer is lossless if the
+    decoded tokens have the sha256 of the scored text. With any other one the documents themselves are needed: their
+    tokens, and the bytes that each token gives back, are made again and compared.
     """
     name = "bytes_of_text"
     if split.identity["val_accounting"] == "pieces":
-        return unproven_bytes("they are those of the tokenizer's pieces, of normalised text", data_is_own)
+        reason = "they are those of the tokenizer's pieces, of normalised text"
+        if data_is_own:
+            reason += ", and for the record's own data that proves nothing: name others with --data"
+        return [Check(name, not data_is_own, reason)]
 
     starts = np.flatnonzero(split.ids == bos_id)
     if not len(starts) or starts[0] > 0:
-        return Check(name, False, "the tokens do not begin with a document: export the data again")
+        return [Check(name, False, "the tokens do not begin with a document: export the data again")]
+    tokens = [ids[1:] for ids in np.split(split.ids, starts)[1:]]
     counted = np.add.reduceat(split.bytes.astype(np.int64), starts)
+    decoder = Tokenizer(tokenizer.read_bytes(), tokenizer)
+    try:
+        decoded = [decoder.decode(ids) for ids in tokens]
+    except ValueError as error:
+        return [Check(name, False, f"the tokens cannot be decoded: {error}")]
 
-    if documents is not None:
-        source = "the documents"
-        texts = [text for text in read_documents([documents]) if text.strip()]
-    elif split.identity["tokenizer_lossless"] is True:
-        source = "the decoded tokens"
-        decoder = Tokenizer(tokenizer.read_bytes(), tokenizer)
-        try:
-            texts = [decoder.decode(ids[1:]) for ids in np.split(split.ids, starts)[1:]]
-        except ValueError as error:
-            return Check(name, False, f"the tokens cannot be decoded: {error}")
+    claimed_sha256 = split.identity["val_text_sha256"]
+    is_lossless = text_sha256(decoded) == claimed_sha256
+    checks = [check_lossless(is_lossless, submission)]
+    if is_lossless:
+        texts = decoded
+        expected = np.array([len(text.encode()) for text in texts])
+    elif documents is None:
+        reason = "the decoded tokens are not the text that was scored: name its documents with --documents"
+        return [*checks, Check(name, False, reason)]
     else:
-        reason = "they are those of the sidecar, because the tokenizer is not lossless (--documents would count them)"
-        return unproven_bytes(reason, data_is_own)
+        texts = [text for text in read_documents([documents]) if text.strip()]
+        if text_sha256(texts) != claimed_sha256:
+            reason = f"{documents} has sha256 {text_sha256(texts)}, the data name {claimed_sha256}"
+            return [*checks, Check(name, False, reason)]
+        encoded = [decoder.encode_with_bytes(text) for text in texts]
+        same_tokens = len(encoded) == len(tokens) and all(
+            np.array_equal(ids, found) for ids, (found, _) in zip(tokens, encoded, strict=True)
+        )
+        if not same_tokens:
+            reason = f"the tokens are not those that {tokenizer.name} makes of {documents}: export the data again"
+            return [*checks, Check(name, False, reason)]
+        expected = np.array([n_bytes.sum() for _, n_bytes in encoded])
 
-    lengths = np.array([len(text.encode()) for text in texts])
-    if not np.array_equal(lengths, counted):
-        found = f"{source} have {lengths.sum()} bytes in {len(lengths)} documents"
-        return Check(name, False, f"{found}, the data count {counted.sum()} bytes in {len(counted)}")
+    found = f"the tokens give back {expected.sum()} bytes in {len(expected)} documents"
+    if not np.array_equal(expected, counted):
+        return [*checks, Check(name, False, f"{found}, the data count {counted.sum()} in {len(counted)}")]
+    checks.append(Check(name, True, f"{found}, as counted"))
+    checks.append(check_hidden(texts, submission))
+    return checks
 
+
+def text_sha256(texts: Sequence[str]) -> str:
+    """The identity of a text, as data/build_shards.py writes it into the manifest."""
     hashed = hashlib.sha256()
     for text in texts:
         hashed.update(framed(text))
-    if hashed.hexdigest() != split.identity["val_text_sha256"]:
-        claimed = split.identity["val_text_sha256"]
-        return Check(name, False, f"{source} have sha256 {hashed.hexdigest()}, the data name {claimed}")
-    return Check(name, True, f"{source} have {lengths.sum()} bytes in {len(lengths)} documents, as counted")
+    return hashed.hexdigest()
 
 
-def unproven_bytes(reason: str, data_is_own: bool) -> Check:
-    if data_is_own:
-        reason += ", and for the record's own data that proves nothing: name others with --data"
-    return Check("bytes_of_text", not data_is_own, reason)
+def check_lossless(is_lossless: bool, submission: Submission) -> Check:
+    """Whether the record says of its tokenizer what the decoded tokens show."""
+    if is_lossless:
+        found = "lossless: the decoded tokens are the text"
+    else:
+        found = "lossy: the decoded tokens are not the text, and what they drop counts no bytes"
+    ok = submission.tokenizer_lossless is is_lossless
+    return Check("lossless", ok, found if ok else f"{found}; the record says tokenizer_lossless is {not is_lossless}")
+
+
+def check_hidden(texts: Sequence[str], submission: Submission) -> Check:
+    """Whether the text lies in the sandbox: in the standard library, which every script can read there.
+
+    A known text of that kind is a demonstration, which ranks nowhere, so that nobody gains by reading it.
+    """
+    in_library = library_lines()
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    long_lines = [line for line in lines if len(line) >= MIN_LINE_CHARACTERS]
+    share = sum(line in in_library for line in long_lines) / max(1, len(long_lines))
+
+    reason = f"{share:.1%} of the lines of the text stand in the standard library, which the sandbox holds"
+    known = known_text(submission.val_documents, submission.val_text_sha256)
+    if known is not None and known.demonstration:
+        return Check("hidden", True, f"{reason}: a demonstration, which ranks nowhere")
+    if share > MAX_LIBRARY_SHARE:
+        reason += ": such a text is a demonstration, and has to be listed as one in records/texts.json"
+    return Check("hidden", share <= MAX_LIBRARY_SHARE, reason)
+
+
+def library_lines() -> set[str]:
+    """The lines of the running Python's standard library, of its help topics too, without the blanks around them."""
+    lines: set[str] = set()
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in stdlib.rglob("*.py"):
+        if not {"site-packages", "dist-packages"}.intersection(path.relative_to(stdlib).parts):
+            lines.update(line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    with contextlib.suppress(ImportError):  # some systems leave the help topics out
+        from pydoc_data.topics import topics
+
+        for topic in topics.values():
+            lines.update(line.strip() for line in topic.splitlines())
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,107 +521,102 @@ class UnitScores(NamedTuple):
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
     @property
-    def whole(self) -> bool:
-        """Whether every unit of the split was scored."""
-        return len(self.nats) == self.n_units
+    def n(self) -> int:
+        """Units that were scored."""
+        return len(self.nats)
 
     @property
-    def interval(self) -> float:
-        """Half width of the 95 % interval of the whole split's bpb."""
+    def whole(self) -> bool:
+        """Whether every unit of the split was scored."""
+        return self.n == self.n_units and not self.is_prefix
+
+    @property
+    def error_of_source(self) -> float:
+        """Standard error of bpb as that of the source which the units are a sample of (ratio estimator)."""
+        if self.n < 2:
+            return math.inf
+        residuals = self.nats / math.log(2) - self.bpb * self.bytes
+        variance = self.n / (self.n - 1) * (residuals**2).sum()
+        return float(math.sqrt(variance) / self.bytes.sum())
+
+    @property
+    def error(self) -> float:
+        """Standard error of bpb as that of the whole split."""
         if self.whole:
             return 0.0
         if self.is_prefix:
             return math.inf  # an adaptive predictor gets better along the text: the first documents tell nothing
-        part_left = 1 - len(self.nats) / self.n_units
-        return self.interval_of_source * math.sqrt(part_left)
+        return self.error_of_source * math.sqrt(1 - self.n / self.n_units)
 
     @property
-    def interval_of_source(self) -> float:
-        """The same for the source that the split is a sample of (ratio estimator)."""
-        n = len(self.nats)
-        if n < 2:
-            return math.inf
-        residuals = self.nats / math.log(2) - self.bpb * self.bytes
-        variance = n / (n - 1) * (residuals**2).sum()
-        return float(1.96 * math.sqrt(variance) / self.bytes.sum())
+    def interval(self) -> float:
+        """Half width of the 95 % interval of the whole split's bpb."""
+        return 0.0 if self.whole else self.error * student_quantile(0.975, self.n - 1)
+
+
+def allowed_by_chance(error: float, n: int) -> float:
+    """By how much an estimate from n units with this standard error may be off, in 1 case of 370 on each side.
+
+    For many units this is 3 standard errors.
+    """
+    return error * student_quantile(0.99865, n - 1)
 
 
 def check_score(name: str, scores: UnitScores, claim: float, margin: float, may_be_better: bool = False) -> Check:
     """Whether a score in bits per byte is the one that was claimed, within `margin` and the uncertainty of a sample."""
-    if scores.is_prefix and not scores.whole:
+    if scores.is_prefix:
         reason = (
-            f"val_bpb {scores.bpb:.6f} of the first {len(scores.nats)} documents "
-            f"(partial:{scores.n_targets}_targets); this is not compared with the claim, because an adaptive predictor "
-            "gets better along the text"
+            f"val_bpb {scores.bpb:.6f} of the first {scores.n} documents (partial:{scores.n_targets}_targets) cannot "
+            "be compared with the claim, because an adaptive predictor gets better along the text: leave --sample out"
         )
-        return Check(name, True, reason)
-    if scores.interval > MAX_INTERVAL:
-        reason = f"{len(scores.nats)} units give +- {scores.interval:.3f} bits per byte, too little to compare"
-        return Check(name, False, f"{reason}: raise --sample")
+        return Check(name, False, reason)
+    if not scores.whole and (scores.n < MIN_SAMPLE or scores.interval > MAX_INTERVAL):
+        reason = (
+            f"{scores.n} units give +- {scores.interval:.3f} bits per byte; to compare takes at least {MIN_SAMPLE} "
+            f"units and +- {MAX_INTERVAL} or less: raise --sample, or leave it out"
+        )
+        return Check(name, False, reason)
 
-    allowed = margin + 1.5 * scores.interval  # 1.5 half widths are 3 standard deviations
     excess = scores.bpb - claim
-    ok = excess <= allowed and (may_be_better or -excess <= allowed)
     if scores.whole:
+        allowed = margin
         found = f"val_bpb {scores.bpb:.6f} ({scores.n_targets} targets)"
+        remark = f"they may differ by {allowed:.4f}"
     else:
-        sample = f"partial:{len(scores.nats)}_of_{scores.n_units}_units"
-        found = f"val_bpb {scores.bpb:.6f} +- {scores.interval:.4f} ({sample})"
-    return Check(name, ok, f"{found}, the record claims {claim:.6f}; they may differ by {allowed:.4f}")
+        allowed = margin + allowed_by_chance(scores.error, scores.n)
+        found = f"val_bpb {scores.bpb:.6f} +- {scores.interval:.4f} (partial:{scores.n}_of_{scores.n_units}_units)"
+        remark = f"a sample of this size would not notice a difference below {allowed:.4f}"
+    ok = excess <= allowed and (may_be_better or -excess <= allowed)
+    return Check(name, ok, f"{found}, the record claims {claim:.6f}; {remark}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Places that are asked again
+# Places where the record is asked what it knows
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Probe(NamedTuple):
-    """A place that was scored: what stood before it, and what the record answered."""
+class Place(NamedTuple):
+    """A place of the text where the record is asked before the text is scored."""
 
     position: int  # of the target, in the split
     target: int
-    seen: np.ndarray  # positions of everything before the target in its row, in order
-    row: np.ndarray  # the ids at these positions
-    document: np.ndarray  # those of them that belong to the document of the last one
-    at_random: bool  # otherwise it was chosen because the record knew more than a bigram model
-    log_probs: Tensor  # (V,)
+    at_random: bool  # otherwise it was drawn because a bigram model loses much there
+    row: int  # the row of the scored batches that has it
+    before: tuple[range, ...]  # positions of all that stands before the target in its row, in order
 
+    @property
+    def column(self) -> int:
+        """Of its row: the last column of what stands before the target."""
+        return sum(map(len, self.before)) - 1
 
-class Reservoir:
-    """Keeps the `size` places of a stream that have the largest keys.
-
-    With keys log(u) / weight, for u uniform in (0, 1), this is a weighted sample without replacement (Efraimidis and
-    Spirakis 2006).
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.heap: list[tuple[float, int, Probe]] = []  # smallest key first; positions break ties
-
-    def candidates(self, keys: np.ndarray) -> np.ndarray:
-        """Indices of the keys that are large enough to be kept. (N,) float64 -> (M,) int64"""
-        largest = np.argsort(keys)[-self.size :]
-        if len(self.heap) < self.size:
-            return largest
-        smallest_kept = self.heap[0][0]
-        return largest[keys[largest] > smallest_kept]
-
-    def add(self, key: float, probe: Probe) -> None:
-        entry = (key, probe.position, probe)
-        if len(self.heap) < self.size:
-            heapq.heappush(self.heap, entry)
-        else:
-            heapq.heappushpop(self.heap, entry)
-
-    def probes(self) -> list[Probe]:
-        return [probe for _, _, probe in self.heap]
+    def context(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of everything that stands before the target in its row."""
+        return np.concatenate([ids[part.start : part.stop] for part in self.before]).astype(np.int64)
 
 
 def bigram_nats(ids: np.ndarray) -> np.ndarray:
-    """Nats of each token given the one before it, from the counts of this very text without the token. (N,) -> (N,)
-
-    A predictor that sees its target beats this by far. So does a good model, but at fewer places.
-    """
+    """Nats of each token given the one before it, from the counts of this very text without the token. (N,) -> (N,)"""
+    ids = ids.astype(np.int64)
     _, token, token_counts = np.unique(ids, return_inverse=True, return_counts=True)
     unigram = (token_counts[token] - 0.5) / len(ids)
 
@@ -496,100 +626,141 @@ def bigram_nats(ids: np.ndarray) -> np.ndarray:
     return -np.log(np.concatenate((unigram[:1], bigram)))
 
 
-def likelihood_ratio(bigram: np.ndarray, nats: np.ndarray) -> np.ndarray:
-    """How many times likelier the record finds tokens than the bigram model does. (N,), (N,) nats -> (N,)"""
-    return np.exp((bigram - nats).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+def places_needed(n_targets: int) -> int:
+    """How many of so many targets have to be drawn to keep the promise.
 
-
-class ProbeSampler:
-    """Chooses the places of a text that are asked again, while batches of it are scored.
-
-    Some are taken at random. Others are taken with chances in proportion to likelihood_ratio, which finds rare leaks.
+    None of k leaks among n targets is drawn with a chance of at most (1 - N / n)^k. For a long text N is 4606.
     """
-
-    def __init__(self, ids: np.ndarray, bos_id: int, size: int, rng: np.random.Generator) -> None:
-        self.ids = ids.astype(np.int64)
-        self.bos_id = bos_id
-        self.rng = rng
-        self.bigram = bigram_nats(self.ids)
-        self.at_random = Reservoir(size)
-        self.where_it_knew = Reservoir(math.ceil(size / 2))
-
-    def offer(self, rows: Sequence[Sequence[tg.Window]], batch: tg.RowBatch, nats: Tensor, logits: Tensor) -> None:
-        """Take part of the places of a batch that was made of `rows`. nats (B, T), logits (B, T, V)"""
-        is_scored = batch.positions >= 0
-        cells = is_scored.nonzero().tolist()
-        positions = batch.positions[is_scored].numpy()
-        ratio = likelihood_ratio(self.bigram[positions], nats[is_scored].double().numpy())
-
-        for reservoir, weights in ((self.at_random, np.ones_like(ratio)), (self.where_it_knew, ratio)):
-            keys = np.log(self.rng.random(len(positions))) / weights
-            for index in reservoir.candidates(keys).tolist():
-                i, column = cells[index]
-                # Positions of the inputs of the row, one window behind the other as fill_rows puts them.
-                inputs = np.concatenate([np.arange(window.start, window.stop - 1) for window in rows[i]])
-                seen = inputs[: column + 1]
-                position = int(positions[index])
-                probe = Probe(
-                    position=position,
-                    target=int(self.ids[position]),
-                    seen=seen,
-                    row=self.ids[seen],
-                    document=last_document(self.ids[seen], self.bos_id),
-                    at_random=reservoir is self.at_random,
-                    log_probs=torch.log_softmax(logits[i, column], 0),
-                )
-                reservoir.add(float(keys[index]), probe)
-
-    def probes(self) -> list[Probe]:
-        """Every place once. One that was taken both ways counts as taken at random."""
-        chosen = [*self.where_it_knew.probes(), *self.at_random.probes()]
-        return list({probe.position: probe for probe in chosen}.values())
+    n_leaks = max(1.0, n_targets / LEAK_RATE)
+    return math.ceil(n_targets * (1 - (1 - POWER) ** (1 / n_leaks)))
 
 
-def last_document(row: np.ndarray, bos_id: int) -> np.ndarray:
-    """What the end of a row can see through document masks: the last BOS and everything after it."""
-    starts = np.flatnonzero(row == bos_id)
-    return row[starts[-1] :] if len(starts) else row
+def draw_positions(ids: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to ask at, out of `targets` (N,). -> (M,) positions in order, (M,) bool: whether drawn at random"""
+    n_random = places_needed(len(targets))
+    random = rng.choice(targets, n_random, replace=False)
+
+    others = np.setdiff1d(targets, random, assume_unique=True)
+    n_costly = min(int(COSTLY_SHARE * n_random), len(others))
+    costly = others[:0]
+    if n_costly:
+        nats = bigram_nats(ids)[others]
+        costly = rng.choice(others, n_costly, replace=False, p=nats / nats.sum())
+
+    positions = np.sort(np.concatenate((random, costly)))
+    return positions, np.isin(positions, random)
 
 
-class Comparison(NamedTuple):
-    """The record's two answers at one place: with the context that should not matter, and without. Each (V,) nats"""
+def draw_places(
+    ids: np.ndarray, rows: Sequence[Sequence[tg.Window]], n_columns: int, rng: np.random.Generator
+) -> list[Place]:
+    """The places of `rows` where the record is asked, by position. RecordError if that would take too long.
 
-    target: int
-    at_random: bool
-    with_context: Tensor
-    without_context: Tensor
+    n_columns   the length of a row
+    """
+    targets = np.concatenate([np.arange(window.first, window.stop) for row in rows for window in row])
+    positions, at_random = draw_positions(ids, targets, rng)
+    require_affordable(len(positions), n_columns, len(ids))
 
-    @property
-    def distance(self) -> float:
-        """Half the sum of the differences of the two distributions: from 0 to 1."""
-        return float((self.with_context.exp() - self.without_context.exp()).abs().sum() / 2)
+    places = []
+    for number, row in enumerate(rows):
+        before: tuple[range, ...] = ()
+        for window in row:
+            first, stop = np.searchsorted(positions, (window.first, window.stop))
+            for i in range(first, stop):
+                position = int(positions[i])
+                shown = (*before, range(window.start, position))
+                places.append(Place(position, int(ids[position]), bool(at_random[i]), number, shown))
+            before = (*before, range(window.start, window.stop - 1))
+    return sorted(places, key=lambda place: place.position)
 
-    @property
-    def gain(self) -> float:
-        """Nats that the context saves at the target."""
-        return float((self.with_context - self.without_context)[self.target])
+
+def require_affordable(n_places: int, n_columns: int, n_tokens: int) -> None:
+    """RecordError if so many questions of so many tokens would cost much more than scoring the text."""
+    cost = n_places * n_columns
+    allowed = max(MAX_QUESTION_TOKENS, MAX_QUESTION_TEXTS * n_tokens)
+    if cost > allowed:
+        raise RecordError(
+            "causal",
+            f"{n_places} places have to be asked to find a leak at 1 in {LEAK_RATE} with {POWER:.0%}, and with "
+            f"EVAL_SEQ_LEN={n_columns} that takes {cost} tokens for a text of {n_tokens}, more than {allowed}: "
+            f"evaluate with EVAL_SEQ_LEN={allowed // n_places} or less, or on a longer text",
+        )
 
 
-def check_same_answers(name: str, context: str, comparisons: Sequence[Comparison], rounding: Rounding) -> Check:
+def in_turns(places: Sequence[Place]) -> list[list[int]]:
+    """Numbers of places in the turns in which they are asked. `places` have to be ordered by position.
+
+    A place comes in a turn before every other place whose context shows its target, so that nobody knows the target
+    when its turn has come.
+    """
+    positions = np.array([place.position for place in places])
+    turns = np.zeros(len(places), np.int64)
+    for i, place in enumerate(places):
+        for part in place.before:
+            first, stop = np.searchsorted(positions, (part.start, part.stop))
+            turns[i] = max(turns[i], 1 + turns[first:stop].max(initial=-1))
+
+    by_turn: list[list[int]] = [[] for _ in range(turns.max(initial=-1) + 1)]
+    for i, turn in enumerate(turns.tolist()):
+        by_turn[turn].append(i)
+    return by_turn
+
+
+class Answers:
+    """Two answers of the record at each of many places: with some context that should not matter, and without it."""
+
+    def __init__(self) -> None:
+        self.at_random: list[bool] = []
+        self.distances: list[float] = []  # half the sum of the differences of two distributions: from 0 to 1
+        self.gains: list[float] = []  # nats that the context saves at the target
+
+    def compare(self, target: int, at_random: bool, with_context: Tensor, without_context: Tensor) -> None:
+        """Add a place. Both answers are log-probabilities, (V,)."""
+        self.at_random.append(at_random)
+        self.distances.append(float((with_context.exp() - without_context.exp()).abs().sum() / 2))
+        self.gains.append(float(with_context[target] - without_context[target]))
+
+    def rounding(self) -> Rounding:
+        """What explains the differences between answers to one and the same question, within bounds."""
+        distance = max(self.distances, default=0.0)
+        nats = max(map(abs, self.gains), default=0.0)
+        return Rounding(
+            min(max(4 * distance, LEAST_ROUNDING.distance), MOST_ROUNDING.distance),
+            min(max(nats, LEAST_ROUNDING.nats), MOST_ROUNDING.nats),
+        )
+
+
+def check_repeated(answers: Answers) -> Check:
+    """Whether the record gives the same answer to the same question, up to the coarsest rounding."""
+    distance = max(answers.distances)
+    gain = max(map(abs, answers.gains))
+    max_gain = MAX_DEVIATIONS * MOST_ROUNDING.nats
+    reason = (
+        f"{len(answers.gains)} questions asked twice: distributions differ by up to {distance:.2g} (rounding explains "
+        f"at most {MOST_ROUNDING.distance:g}), targets by {gain:.2g} nats ({max_gain:g})"
+    )
+    return Check("deterministic", distance <= MOST_ROUNDING.distance and gain <= max_gain, reason)
+
+
+def check_same_answers(name: str, context: str, answers: Answers, rounding: Rounding) -> Check:
     """Whether answers change by no more than rounding when some context is taken away.
 
     Each distribution has to stay the same as a whole, and no target may be likelier with the context. The average over
     the targets that were taken at random has a closer limit, because a little at every place would add up. Targets that
     are less likely with the context count in the distance only.
     """
-    at_random = np.array([comparison.at_random for comparison in comparisons])
-    gains = np.array([comparison.gain for comparison in comparisons])
-    distance = max(comparison.distance for comparison in comparisons)
+    at_random = np.array(answers.at_random)
+    gains = np.array(answers.gains)
+    distance = max(answers.distances)
     gain = float(gains.max())
-    mean_gain = float(gains[at_random].mean())
+    mean_gain = float(gains[at_random].mean()) if at_random.any() else 0.0
 
     max_gain = MAX_DEVIATIONS * rounding.nats
-    max_mean_gain = 3 * rounding.nats / math.sqrt(at_random.sum())
+    max_mean_gain = 3 * rounding.nats / math.sqrt(max(1, at_random.sum()))
     ok = distance <= rounding.distance and gain <= max_gain and mean_gain <= max_mean_gain
     reason = (
-        f"asked again at {len(comparisons)} places without {context}: distributions differ by up to {distance:.2g} "
+        f"asked at {len(gains)} places without {context}: distributions differ by up to {distance:.2g} "
         f"(rounding explains {rounding.distance:g}), with it targets gain up to {gain:.2g} nats ({max_gain:g}) and "
         f"{mean_gain:.2g} on average ({max_mean_gain:.2g})"
     )
@@ -599,44 +770,6 @@ def check_same_answers(name: str, context: str, comparisons: Sequence[Comparison
 # ----------------------------------------------------------------------------------------------------------------------
 # Fixed predictors (class A)
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class ScoringPass(NamedTuple):
-    """What remains of a pass over windows."""
-
-    nats: np.ndarray  # (N,) float64, by position of the target; 0 where nothing was scored
-    probes: list[Probe]
-    batch: tg.RowBatch  # one of the batches, to be scored again
-    batch_nats: Tensor
-
-
-def score_windows(
-    logits_fn: Callable[[Tensor], Tensor],
-    split: tg.ValSplit,
-    windows: Sequence[tg.Window],
-    config: tg.GPTConfig,
-    rng: np.random.Generator,
-) -> ScoringPass:
-    """Score windows as `evaluate` of the root's script does, and remember some places and one batch."""
-    rows = tg.pack_rows(windows, split.ids, config)
-    n_rows = min(len(rows), tg.rows_per_pass(config, BATCH_TOKENS))
-    begins = range(0, len(rows), n_rows)
-    remembered = begins[int(rng.integers(len(begins)))]
-    sampler = ProbeSampler(split.ids, config.bos_id, min(PROBES, len(rows)), rng)
-
-    nats = np.zeros(len(split.ids))
-    for begin in tqdm(begins, "score", unit=" batches", disable=None):
-        batch_rows = rows[begin : begin + n_rows]
-        batch = tg.fill_rows(batch_rows, split.ids, n_rows, config.eval_seq_len)
-        logits = logits_fn(batch.inputs)
-        batch_nats = tg.target_nats(logits, batch.targets)
-
-        is_scored = batch.positions >= 0
-        nats[batch.positions[is_scored].numpy()] = batch_nats[is_scored].double().numpy()
-        sampler.offer(batch_rows, batch, batch_nats, logits)
-        if begin == remembered:
-            kept = batch, batch_nats
-    return ScoringPass(nats, sampler.probes(), *kept)
 
 
 def units_of_targets(windows: Sequence[tg.Window], split: tg.ValSplit, config: tg.GPTConfig) -> np.ndarray:
@@ -651,106 +784,229 @@ def units_of_targets(windows: Sequence[tg.Window], split: tg.ValSplit, config: t
     return units
 
 
-def score_fixed(
-    process: RecordProcess, split: tg.ValSplit, sample: int, rng: np.random.Generator
-) -> tuple[UnitScores, ScoringPass]:
-    """Score a split, or `sample` of its units taken at random."""
-    windows = list(tg.scoring_windows(split.ids, process.config))
-    units = units_of_targets(windows, split, process.config)
+class WindowSample(NamedTuple):
+    """The windows of a split that are scored: all of them, or those of some units taken at random."""
+
+    rows: list[list[tg.Window]]  # as the root's script packs them
+    units: np.ndarray  # (N,) the unit of every position of the split
+    n_units: int  # of the whole split
+
+
+def sample_windows(split: tg.ValSplit, config: tg.GPTConfig, sample: int, rng: np.random.Generator) -> WindowSample:
+    """The windows of `sample` units, or of all if it is 0."""
+    windows = list(tg.scoring_windows(split.ids, config))
+    units = units_of_targets(windows, split, config)
     all_units = np.unique(units[1:])
     if 0 < sample < len(all_units):
         chosen = set(rng.choice(all_units, sample, replace=False).tolist())
         windows = [window for window in windows if units[window.first] in chosen]
-    scoring = score_windows(process.logits, split, windows, process.config, rng)
+    return WindowSample(tg.pack_rows(windows, split.ids, config), units, len(all_units))
 
-    targets = np.concatenate([np.arange(window.first, window.stop) for window in windows])
-    _, unit = np.unique(units[targets], return_inverse=True)
-    scores = UnitScores(
-        nats=np.bincount(unit, scoring.nats[targets]),
+
+def score_fixed(
+    process: RecordProcess,
+    split: tg.ValSplit,
+    sample: WindowSample,
+    rng: np.random.Generator,
+    inspect: Callable[[int, Tensor], None] = lambda row, logits: None,
+) -> UnitScores:
+    """Score rows of windows as `evaluate` of the root's script does.
+
+    inspect   is called for every row with its number and its logits, (T, V)
+    """
+    config = process.config
+    rows = sample.rows
+    n_rows = rows_of_batch(rows, config)
+    nats = np.zeros(len(split.ids))
+    for begin in tqdm(range(0, len(rows), n_rows), "score", unit=" batches", disable=None):
+        batch_rows = rows[begin : begin + n_rows]
+        batch = tg.fill_rows(batch_rows, split.ids, n_rows, config.eval_seq_len)
+        hide_ends(batch, batch_rows, split.ids, rng)
+        logits = process.logits(batch.inputs)
+        batch_nats = tg.target_nats(logits, batch.targets)
+
+        is_scored = batch.positions >= 0
+        nats[batch.positions[is_scored].numpy()] = batch_nats[is_scored].double().numpy()
+        for i in range(len(batch_rows)):
+            inspect(begin + i, logits[i])
+
+    targets = np.concatenate([np.arange(window.first, window.stop) for row in rows for window in row])
+    _, unit = np.unique(sample.units[targets], return_inverse=True)
+    return UnitScores(
+        nats=np.bincount(unit, nats[targets]),
         bytes=np.bincount(unit, split.bytes[targets]),
         n_targets=len(targets),
-        n_units=len(all_units),
+        n_units=sample.n_units,
     )
-    return scores, scoring
 
 
-def in_turns(probes: Sequence[Probe]) -> list[list[Probe]]:
-    """Probes in the turns in which they are asked again, at most MAX_TURNS; later ones are left out.
+def rows_of_batch(rows: Sequence[Sequence[tg.Window]], config: tg.GPTConfig) -> int:
+    """How many of these rows are scored in one forward pass."""
+    return min(len(rows), tg.rows_per_pass(config, BATCH_TOKENS))
 
-    A process may remember what it was asked. So a place is asked before every other place whose row shows its target.
+
+def hide_ends(
+    batch: tg.RowBatch, rows: Sequence[Sequence[tg.Window]], ids: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Fill the padding of a batch with text from somewhere, because padding would tell where a document ends."""
+    for i in range(len(batch.inputs)):
+        n_used = sum(window.n_inputs for window in rows[i]) if i < len(rows) else 0
+        somewhere = ids[int(rng.integers(len(ids))) :].astype(np.int64)
+        batch.inputs[i, n_used:] = torch.from_numpy(np.resize(somewhere, batch.inputs.size(1) - n_used))
+
+
+def ask_contexts(process: RecordProcess, contexts: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
+    """The distributions after some contexts, by their numbers. -> (V,) log-probabilities each
+
+    Contexts of about one length share a batch, which is as wide as the longest of them.
     """
-    probes = sorted(probes, key=lambda probe: probe.position)
-    positions = np.array([probe.position for probe in probes])
-    turns = np.zeros(len(probes), np.int64)
-    for i, probe in enumerate(probes):
-        turns_before = turns[np.isin(positions, probe.seen)]
-        turns[i] = 1 + turns_before.max(initial=-1)
-
-    by_turn: list[list[Probe]] = [[] for _ in range(MAX_TURNS)]
-    for probe, turn in zip(probes, turns.tolist(), strict=True):
-        if turn < MAX_TURNS:
-            by_turn[turn].append(probe)
-    return by_turn
-
-
-def ask_again(process: RecordProcess, turns: Sequence[Sequence[np.ndarray]], shape: torch.Size) -> list[Tensor]:
-    """The distribution after each context, one context in a row, turn by turn. `shape` is that of a scored batch."""
-    n_rows = min(PROBE_ROWS, shape[0])
-    parts = [turn[i : i + n_rows] for turn in turns for i in range(0, len(turn), n_rows)]
-    answers = []
-    for contexts in tqdm(parts, "ask again", unit=" batches", disable=None):
-        inputs = torch.zeros(n_rows, shape[1], dtype=torch.int64)
-        for i, context in enumerate(contexts):
-            inputs[i, : len(context)] = torch.from_numpy(context)
-        logits = process.logits(inputs)
-        for i, context in enumerate(contexts):
-            answers.append(torch.log_softmax(logits[i, len(context) - 1], 0))
+    answers: dict[int, Tensor] = {}
+    numbers = sorted(contexts, key=lambda number: len(contexts[number]))
+    for begin in range(0, len(numbers), QUESTION_ROWS):
+        part = numbers[begin : begin + QUESTION_ROWS]
+        width = min(process.config.eval_seq_len, round_up(len(contexts[part[-1]]), QUESTION_COLUMNS))
+        batch = ask_batch(process, [contexts[number] for number in part], width)
+        answers |= zip(part, batch, strict=True)
     return answers
 
 
-def check_fixed(
-    start: Callable[[], RecordProcess], scoring: ScoringPass, document_masks: bool, rounding: Rounding
-) -> list[Check]:
-    """Ask fresh processes again, which never see what follows: the answers have to be those that were scored."""
-    turns = in_turns(scoring.probes)
-    probes = [probe for turn in turns for probe in turn]
-    shape = scoring.batch.inputs.shape
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def ask_batch(process: RecordProcess, contexts: Sequence[np.ndarray], width: int) -> Tensor:
+    """The distributions after contexts, one in each row of a batch. -> (B, V) log-probabilities"""
+    inputs = torch.zeros(len(contexts), width, dtype=torch.int64)
+    for i, context in enumerate(contexts):
+        inputs[i, : len(context)] = torch.from_numpy(context)
+    return process.next_token(inputs, [len(context) - 1 for context in contexts])
+
+
+def ask_repeatedly(
+    process: RecordProcess,
+    places: Sequence[Place],
+    turn: Sequence[int],
+    ids: np.ndarray,
+    n_rows: int,
+    rng: np.random.Generator,
+) -> Answers:
+    """Ask some questions of one turn twice: the second time in another order, and in a batch as large as those scored.
+
+    n_rows   of a batch that is scored
+    """
+    chosen = rng.permutation(turn)[: min(REPEATED_QUESTIONS, n_rows)].tolist()
+    contexts = {i: places[i].context(ids) for i in chosen}
+    first = ask_contexts(process, contexts)
+    in_all_rows = np.resize(chosen, n_rows).tolist()
+    second = ask_batch(process, [contexts[i] for i in in_all_rows], process.config.eval_seq_len)
+
+    answers = Answers()
+    for i, answer in zip(in_all_rows, second, strict=True):
+        answers.compare(places[i].target, True, first[i], answer)
+    return answers
+
+
+def ask_blind(
+    process: RecordProcess, places: Sequence[Place], turns: Sequence[Sequence[int]], ids: np.ndarray
+) -> Tensor:
+    """What the record predicts at each place before it can know what follows. -> (N, V) log-probabilities"""
+    answers = torch.empty(len(places), process.config.vocab_size)
+    with tqdm(total=len(places), desc="ask", unit=" places", disable=None) as progress:
+        for turn in turns:
+            contexts = {i: places[i].context(ids) for i in turn}
+            for i, answer in ask_contexts(process, contexts).items():
+                answers[i] = answer
+            progress.update(len(turn))
+    return answers
+
+
+def first_of_documents(places: Sequence[Place], ids: np.ndarray, bos_id: int) -> dict[int, np.ndarray]:
+    """Places whose row shows documents before the one that they stand in. -> number of the place: ids of its document
+
+    Only the first place of each document. What stands before its target holds no other target that is asked for, so
+    that these questions tell nothing.
+    """
+    found = {}
+    known = set()
+    for i, place in enumerate(places):
+        context = place.context(ids)
+        starts = np.flatnonzero(context == bos_id)
+        if not len(starts):
+            continue
+        document = context[starts[-1] :]
+        begin = place.position - len(document)
+        if begin not in known and len(document) < len(context):
+            found[i] = document
+        known.add(begin)
+    return found
+
+
+def judge_fixed(
+    blind: RecordProcess,
+    start: Callable[[], RecordProcess],
+    split: tg.ValSplit,
+    options: Options,
+    rng: np.random.Generator,
+) -> tuple[UnitScores, list[Check]]:
+    """Ask at places that are drawn first, then score, and compare what comes out at these places."""
+    ids = split.ids
+    config = blind.config
+    with blind:
+        sample = sample_windows(split, config, options.sample, rng)
+        places = draw_places(ids, sample.rows, config.eval_seq_len, rng)
+        turns = in_turns(places)
+
+        # Documents without those before them come first: nobody can repeat then what it answered when it knew more.
+        documents = first_of_documents(places, ids, config.bos_id) if config.document_masks else {}
+        alone = ask_contexts(blind, documents)
+
+        repeated = ask_repeatedly(blind, places, turns[0], ids, rows_of_batch(sample.rows, config), rng)
+        expected = ask_blind(blind, places, turns, ids)
+
+    places_of_row: dict[int, list[int]] = {}
+    for i, place in enumerate(places):
+        places_of_row.setdefault(place.row, []).append(i)
+    with_future = Answers()
+
+    def compare(row: int, logits: Tensor) -> None:
+        for i in places_of_row.get(row, []):
+            place = places[i]
+            scored = logits[place.column].log_softmax(0)
+            with_future.compare(place.target, place.at_random, scored, expected[i])
 
     with start() as process:
-        by_row = ask_again(process, [[probe.row for probe in turn] for turn in turns], shape)
-        nats = tg.target_nats(process.logits(scoring.batch.inputs), scoring.batch.targets)
-    comparisons = [
-        Comparison(probe.target, probe.at_random, probe.log_probs, row)
-        for probe, row in zip(probes, by_row, strict=True)
-    ]
-    checks = [check_same_answers("causal", "what follows", comparisons, rounding)]
-
-    if document_masks:
-        # Another process, because one that saw the whole row could repeat for its last document what it answered.
-        with start() as process:
-            by_document = ask_again(process, [[probe.document for probe in turn] for turn in turns], shape)
-        comparisons = [
-            Comparison(probe.target, probe.at_random, row, document)
-            for probe, row, document in zip(probes, by_row, by_document, strict=True)
+        scores = score_fixed(process, split, sample, rng, compare)
+        checks = [
+            check_same_answers("causal", "what follows", with_future, repeated.rounding()),
+            check_repeated(repeated),
         ]
-        checks.append(check_same_answers("documents", "the documents before", comparisons, rounding))
-
-    difference = float((nats - scoring.batch_nats).abs().max())
-    allowed = MAX_DEVIATIONS * rounding.nats
-    reason = f"a second process scores a batch with differences of up to {difference:.2g} nats, {allowed:g} is rounding"
-    return [*checks, Check("deterministic", difference <= allowed, reason)]
+        if documents:
+            with_documents = Answers()
+            for i, answer in alone.items():
+                with_documents.compare(places[i].target, True, expected[i], answer)
+            checks.append(check_same_answers("documents", "the documents before", with_documents, MOST_ROUNDING))
+        if options.unseen:
+            checks.append(check_unseen(process, False, scores, options, rng))
+    return scores, checks
 
 
 def check_unseen(
-    process: RecordProcess, scores: UnitScores, folder: Path, tokenizer: Path, sample: int, rng: np.random.Generator
+    process: RecordProcess, adapts: bool, scores: UnitScores, options: Options, rng: np.random.Generator
 ) -> Check:
-    """Whether the scored text is about as hard as another one of its source. A model trained on it finds it easier."""
-    split = load_split(folder, tokenizer, process.config)
-    other, _ = score_fixed(process, split, sample, rng)
+    """Whether the scored text is about as hard as another one of its source. A model trained on it finds it easier.
+
+    A process of class B must not have observed anything yet.
+    """
+    assert options.unseen is not None
+    split = load_split(options.unseen, options.tokenizer, process.config)
+    if adapts:
+        other = score_adaptive(process, None, split, options.sample, rng).scores
+    else:
+        other = score_fixed(process, split, sample_windows(split, process.config, options.sample, rng), rng)
     gap = other.bpb - scores.bpb
-    chance = 1.5 * math.hypot(other.interval_of_source, scores.interval_of_source)  # 3 standard deviations
+    chance = allowed_by_chance(math.hypot(other.error_of_source, scores.error_of_source), min(other.n, scores.n))
     reason = (
-        f"{folder.name} has {other.bpb:.4f} bits per byte, {gap:+.4f} against the scored text; chance explains "
+        f"{options.unseen.name} has {other.bpb:.4f} bits per byte, {gap:+.4f} against the scored text; chance explains "
         f"{chance:.4f}, and {UNSEEN_GAP} is allowed beyond"
     )
     return Check("unseen", gap <= chance + UNSEEN_GAP, reason)
@@ -761,70 +1017,107 @@ def check_unseen(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class AdaptivePass(NamedTuple):
+    """What scoring an adaptive predictor found."""
+
+    scores: UnitScores
+    with_future: Answers  # at the places, with what follows in the chunk and without
+    repeated: Answers  # at the same places: two processes that are asked to predict one chunk
+    largest_log_sum: float  # of the probabilities of a token
+    largest_change: float  # of a probability, if a chunk is predicted twice
+
+
 def score_adaptive(
-    process: RecordProcess,
-    twin: RecordProcess,
-    split: tg.ValSplit,
-    documents: int,
-    rng: np.random.Generator,
-    rounding: Rounding,
-) -> tuple[UnitScores, list[Check]]:
+    process: RecordProcess, twin: RecordProcess | None, split: tg.ValSplit, documents: int, rng: np.random.Generator
+) -> AdaptivePass:
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
-    `twin` observes the same. For some chunks it is asked to predict a copy in which older text replaces everything from
-    a secret place on: a predictor that looks ahead answers something else at that place. The twin is a process of its
-    own because the scored one might remember the chunk. The place is chosen after the scored prediction was made. In
-    every second of these chunks it is one where the record knew a lot, as ProbeSampler chooses them.
+    `twin` is the blind process, which observes the same. Before `process` is shown a chunk, the twin is asked about the
+    places in it, from left to right, with copies in which older text replaces everything from the place on. Without a
+    twin nothing is asked.
     """
     ids = split.ids.astype(np.int64)
     size = process.config.eval_seq_len
     starts = np.flatnonzero(ids == process.config.bos_id)
     end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
     chunks = [(begin, min(begin + size, end)) for begin in range(1, end, size)]
-    probed = set(rng.choice(len(chunks), min(PROBES, len(chunks)), replace=False).tolist())
+    positions = np.zeros(0, np.int64)
+    at_random = np.zeros(0, bool)
+    if twin is not None:
+        positions, at_random = draw_positions(ids, np.arange(1, end), rng)
+        require_affordable(len(positions), min(size, end), len(ids))
+    repeated_chunks = set(rng.choice(len(chunks), min(REPEATED_QUESTIONS, len(chunks)), replace=False).tolist())
 
-    bigram = bigram_nats(ids)
     nats = np.zeros(end)
-    comparisons: list[Comparison] = []
+    with_future = Answers()
+    repeated = Answers()
     largest_log_sum = 0.0
     largest_change = 0.0
-    process.observe(ids[:1])
-    twin.observe(ids[:1])
+    observers = [process] if twin is None else [process, twin]
+    for observer in observers:
+        observer.observe(ids[:1])
+
     for number, (begin, stop) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
         chunk = ids[begin:stop]
+        first, last = np.searchsorted(positions, (begin, stop))
+        places = (positions[first:last] - begin).tolist()
+        expected = []
+        for place in places:
+            assert twin is not None
+            altered = with_older_text(ids, begin, stop, place, rng)
+            expected.append(twin.predict_at(altered, place))
+
         log_probs = process.predict(chunk)
         log_sums = log_probs.logsumexp(1, keepdim=True)
         largest_log_sum = max(largest_log_sum, float(log_sums.abs().max()))
         log_probs = log_probs - log_sums
         nats[begin:stop] = -log_probs[torch.arange(len(chunk)), torch.from_numpy(chunk)].double().numpy()
+        for place, is_random, answer in zip(places, at_random[first:last].tolist(), expected, strict=True):
+            with_future.compare(int(chunk[place]), is_random, log_probs[place], answer)
 
-        if number in probed:
-            at_random = len(comparisons) % 2 == 0
-            ratio = likelihood_ratio(bigram[begin:stop], nats[begin:stop])
-            weights = np.ones_like(ratio) if at_random else ratio
-            place = int(rng.choice(len(chunk), p=weights / weights.sum()))
-
-            altered = with_older_text(ids, begin, stop, place, rng)
-            answer = twin.predict(altered)[place].log_softmax(0)
-            comparisons.append(Comparison(int(chunk[place]), at_random, log_probs[place].clone(), answer))
-
+        # The chunk is no secret any more, and has to be predicted as before: by the same process and by the other one.
+        if twin is not None and number in repeated_chunks:
             again = process.predict(chunk).softmax(1)
             largest_change = max(largest_change, float((again - log_probs.exp()).abs().max()))
+            others = twin.predict(chunk).log_softmax(1)
+            for place in rng.permutation(len(chunk))[:REPEATED_QUESTIONS].tolist():
+                repeated.compare(int(chunk[place]), True, log_probs[place], others[place])
 
-        process.observe(chunk)
-        twin.observe(chunk)
+        for observer in observers:
+            observer.observe(chunk)
 
-    normalised = f"the log of a sum of probabilities is up to {largest_log_sum:.2g}; rounding explains {MAX_LOG_SUM:g}"
+    scores = sum_by_document(nats, split, starts)
+    return AdaptivePass(scores, with_future, repeated, largest_log_sum, largest_change)
+
+
+def judge_adaptive(
+    blind: RecordProcess,
+    start: Callable[[], RecordProcess],
+    split: tg.ValSplit,
+    options: Options,
+    rng: np.random.Generator,
+) -> tuple[UnitScores, list[Check]]:
+    """Score an adaptive predictor; a second process is asked about each chunk before the first one sees it."""
+    with blind, start() as process:
+        found = score_adaptive(process, blind, split, options.sample, rng)
+
+    normalised = (
+        f"the log of a sum of probabilities is up to {found.largest_log_sum:.2g}; rounding explains {MAX_LOG_SUM:g}"
+    )
     side_effects = (
-        f"{len(probed)} chunks predicted twice change probabilities by up to {largest_change:.2g}; "
-        f"rounding explains {MAX_CHANGE:g}"
+        f"predicting a chunk twice changes probabilities by up to {found.largest_change:.2g}; rounding explains "
+        f"{MAX_CHANGE:g}"
     )
     checks = [
-        Check("normalised", largest_log_sum <= MAX_LOG_SUM, normalised),
-        check_same_answers("causal", "what follows in the chunk", comparisons, rounding),
-        Check("side_effects", largest_change <= MAX_CHANGE, side_effects),
+        Check("normalised", found.largest_log_sum <= MAX_LOG_SUM, normalised),
+        check_same_answers("causal", "what follows in the chunk", found.with_future, found.repeated.rounding()),
+        check_repeated(found.repeated),
+        Check("side_effects", found.largest_change <= MAX_CHANGE, side_effects),
     ]
-    return sum_by_document(nats, split, starts), checks
+    if options.unseen:
+        with start() as process:
+            checks.append(check_unseen(process, True, found.scores, options, rng))
+    return found.scores, checks
 
 
 def with_older_text(ids: np.ndarray, begin: int, stop: int, place: int, rng: np.random.Generator) -> np.ndarray:
@@ -838,15 +1131,21 @@ def with_older_text(ids: np.ndarray, begin: int, stop: int, place: int, rng: np.
 
 def sum_by_document(nats: np.ndarray, split: tg.ValSplit, starts: np.ndarray) -> UnitScores:
     """The score of the first positions of a split, whose documents begin at `starts`. nats (N,), by position"""
+
+    def document(targets: np.ndarray) -> np.ndarray:
+        # The BOS behind a document is a target of that document. What stands before the first BOS counts to the first.
+        return np.maximum(np.searchsorted(starts, targets - 1, side="right"), 1) - 1
+
     targets = np.arange(1, len(nats))
-    # The BOS behind a document is a target of that document. What stands before the first BOS counts to the first one.
-    document = np.maximum(np.searchsorted(starts, targets - 1, side="right"), 1) - 1
+    unit = document(targets)
+    # Not len(starts): a BOS at the end of the split opens a document without a target.
+    n_units = int(document(np.array([len(split.ids) - 1]))[0]) + 1
     return UnitScores(
-        nats=np.bincount(document, nats[targets]),
-        bytes=np.bincount(document, split.bytes[targets]),
+        nats=np.bincount(unit, nats[targets]),
+        bytes=np.bincount(unit, split.bytes[targets]),
         n_targets=len(targets),
-        n_units=len(starts),
-        is_prefix=True,
+        n_units=n_units,
+        is_prefix=len(nats) < len(split.ids),
     )
 
 
@@ -868,6 +1167,7 @@ class Options:
     seed: int | None = None  # of the sample and of the secret places; None draws a new one
     answer_seconds: float = 600.0
     memory_bytes: int = 8 * 2**30  # of address space, for each of the record's processes
+    without_walls: bool = False  # run the record's code even where the sandbox has no walls
 
 
 def rescore(
@@ -877,8 +1177,10 @@ def rescore(
 
     The score is not compared with a claim yet; check_score does that.
     """
-    rng = np.random.default_rng(options.seed)
-    rounding = ROUNDING.get(str(submission.settings.get("compute_dtype")), ROUNDING["bfloat16"])
+    checks = [check_isolation(options.without_walls)]
+    if not checks[0].ok:
+        return checks, None
+
     violations: dict[str, str] = {}
     start = functools.partial(
         RecordProcess.start,
@@ -889,36 +1191,48 @@ def rescore(
         options.answer_seconds,
         violations,
     )
-
-    checks = [Check("isolation", True, isolation())]
     scores = None
     try:
-        with start() as process:
-            config = process.config
-            checks.append(check_config(config, submission))
-            split = load_split(options.data, options.tokenizer, config)
-            checks.append(check_identity(split.identity, submission))
-            checks.append(check_tokenizer(options.tokenizer))
-            checks.append(
-                check_bytes_of_text(split, options.tokenizer, options.documents, config.bos_id, options.data_is_own)
-            )
-
-            if submission.predictor_class == "A":
-                scores, scoring = score_fixed(process, split, options.sample, rng)
-                if options.unseen:
-                    checks.append(check_unseen(process, scores, options.unseen, options.tokenizer, options.sample, rng))
-            else:
-                with start() as twin:
-                    scores, more = score_adaptive(process, twin, split, options.sample, rng, rounding)
+        # The first process has to be the blind one. For now it only tells what windows the artifact asks for.
+        with start() as blind:
+            checks.append(check_config(blind.config, submission))
+            split, more = judge_text(blind.config, submission, options)
+            checks += more
+            if split is not None:
+                judge_class = judge_fixed if submission.predictor_class == "A" else judge_adaptive
+                scores, more = judge_class(blind, start, split, options, np.random.default_rng(options.seed))
                 checks += more
-
-        if submission.predictor_class == "A":
-            checks += check_fixed(start, scoring, config.document_masks, rounding)
     except RecordError as error:
         checks.append(Check(error.check, False, str(error)))
-    except (ValueError, OSError) as error:
-        checks.append(Check("text", False, f"the text cannot be read: {error}"))
 
     for name, detail in sorted(violations.items()):
         checks.append(Check(name, False, f"the script tried {detail}"))
     return checks, scores
+
+
+def check_isolation(without_walls: bool) -> Check:
+    """Whether the record's code can be kept from the network and from other files, or the judge does without."""
+    found = isolation()
+    if found == "namespaces":
+        return Check("isolation", True, found)
+    if without_walls:
+        return Check("isolation", True, f"{found}; --without-walls runs the record's code all the same")
+    reason = f"{found}, so that the record's code could read the text and change files: judge it on Linux with user "
+    return Check("isolation", False, f"{reason}namespaces, or trust it and add --without-walls")
+
+
+def judge_text(
+    config: tg.GPTConfig, submission: Submission, options: Options
+) -> tuple[tg.ValSplit | None, list[Check]]:
+    """Read the text and count its bytes. -> the split, or None if it cannot be read, and checks"""
+    try:
+        checks = [check_tokenizer(options.tokenizer)]
+        split = load_split(options.data, options.tokenizer, config)
+        checks.append(check_identity(split.identity, submission))
+        checks.append(check_vocabulary(split, options.tokenizer))
+        checks += check_bytes_of_text(
+            split, options.tokenizer, options.documents, config.bos_id, submission, options.data_is_own
+        )
+    except (ValueError, OSError) as error:
+        return None, [Check("text", False, f"the text cannot be read: {error}")]
+    return split, checks

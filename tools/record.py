@@ -206,6 +206,7 @@ class Text:
     bytes: int
     tolerance: float  # relative, of the bytes: tokenizers normalise text, and some scores drop its tail
     text_sha256: str = ""  # empty for a text whose documents nobody has hashed
+    demonstration: bool = False  # it lies in every Python, so that results on it rank nowhere
 
     def has_size(self, documents: int, n_bytes: int) -> bool:
         return documents == self.documents and abs(n_bytes - self.bytes) <= self.tolerance * self.bytes

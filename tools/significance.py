@@ -73,6 +73,26 @@ def student_tail(t: float, df: float) -> float:
     return 0.5 * (1.0 - factor * beta_fraction(rest, b, a) / b)
 
 
+def student_quantile(p: float, df: float) -> float:
+    """The t that Student's t distribution with df degrees of freedom stays below with probability p; p is above 1/2.
+
+    Found by bisection. Infinity without any degree of freedom.
+    """
+    if df <= 0:
+        return math.inf
+    high = 1.0
+    while student_tail(high, df) > 1.0 - p:
+        high *= 2
+    low = 0.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if student_tail(middle, df) > 1.0 - p:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def beta_fraction(x: float, a: float, b: float) -> float:
     """The continued fraction of the incomplete beta function, by Lentz's method."""
     tiny = 1e-300  # stands in for a zero that the method would divide by

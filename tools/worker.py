@@ -93,7 +93,10 @@ def load_script(path: str) -> types.ModuleType:
 
 
 def answer(predictor: Any, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and payload of the reply to one request, by a fixed predictor (class A) or an adaptive one (class B)."""
+    """Header and payload of the reply to one request, by a fixed predictor (class A) or an adaptive one (class B).
+
+    A request with `columns` wants one column of each row of logits, or some rows of a prediction.
+    """
     import torch
 
     ids = torch.frombuffer(bytearray(payload), dtype=torch.int64).view(header["shape"])
@@ -101,7 +104,15 @@ def answer(predictor: Any, header: dict[str, Any], payload: bytes) -> tuple[dict
         predictor.observe(ids)
         return {"shape": []}, b""
 
-    result = predictor(ids) if header["do"] == "logits" else predictor.predict(ids)
+    columns = header.get("columns")
+    if header["do"] == "logits":
+        result = predictor(ids)
+        if columns is not None:
+            result = result[torch.arange(len(columns)), columns]
+    else:
+        result = predictor.predict(ids)
+        if columns is not None:
+            result = result[columns]
     values = result.detach().float().cpu().contiguous()
     return {"shape": list(values.shape)}, values.numpy().tobytes()
 

@@ -151,6 +151,10 @@ class RecordError(Exception):
         self.check = check
 
 
+class JudgeError(Exception):
+    """The judge's own installation does not do what it has to, which says nothing about the record."""
+
+
 class RecordProcess:
     """The judge's end of a process in the sandbox that runs the code of a record with one artifact."""
 
@@ -193,7 +197,8 @@ class RecordProcess:
             ["/judge/worker.py", "/record/train_gpt.py", artifact_inside, predictor_class],
             binds,
             limits,
-            env={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            # Triton kernels are run by Triton's interpreter, where there is a Triton.
+            env={"OMP_NUM_THREADS": str(torch.get_num_threads()), "TRITON_INTERPRET": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -250,6 +255,12 @@ class RecordProcess:
             detail = str(header.get("detail"))[:200]
             self.violations.setdefault(name if name in VIOLATIONS else "violation", detail)
 
+        if "judge_error" in header:
+            reason = str(header["judge_error"])[:300]
+            raise JudgeError(
+                f"the judge's own Python lacks something in the sandbox ({reason}), which says "
+                "nothing about the record: pip install -r requirements.txt into the Python that runs this"
+            )
         if "error" in header:
             reason = str(header["error"])[:600]
             raise RecordError("memory" if OUT_OF_MEMORY.search(reason) else check, reason)
@@ -1204,6 +1215,8 @@ def rescore(
                 checks += more
     except RecordError as error:
         checks.append(Check(error.check, False, str(error)))
+    except JudgeError as error:
+        checks.append(Check("judge", False, str(error)))
 
     for name, detail in sorted(violations.items()):
         checks.append(Check(name, False, f"the script tried {detail}"))

@@ -3,7 +3,8 @@
 tools/judge.py starts it inside tools/sandbox.py as `worker.py SCRIPT ARTIFACT CLASS` and talks to it over its standard
 input and output. A message is the length of a JSON header (4 bytes), the header, and as many bytes of an array as the
 header's `bytes` says. An audit hook reports what else the code tries to do. The hook is only a witness: a determined
-script can get round it, and what really holds the code is the sandbox.
+script can get round it, and what really holds the code is the sandbox. Nor do the messages prove anything, since the
+record's code runs in the same process and can write them itself; the judge believes no more of them than of the code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +33,7 @@ FORBIDDEN_EVENTS = {
 }
 # Opening any file elsewhere fails the check of this name.
 FORBIDDEN_FILE = "files_read"
-READABLE = ("/usr", "/lib", "/proc", "/sys", "/dev", "/etc/ld.so", sys.prefix, sys.base_prefix)
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/dev", "/etc/ld.so.cache")
 
 
 def send(file: IO[bytes], header: dict[str, Any], payload: bytes = b"") -> None:
@@ -63,17 +65,28 @@ def receive(file: IO[bytes], max_bytes: int = MAX_REQUEST_BYTES) -> tuple[dict[s
     return header, payload
 
 
+def readable_folders() -> tuple[str, ...]:
+    """Folders, with a slash behind them, that a record may read in: those of Python, the system and temporary files.
+
+    Libraries leave files in the temporary folder, and in the sandbox nothing else is there.
+    """
+    folders = {*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    if "SANDBOX" in os.environ:
+        folders.add(tempfile.gettempdir())
+    return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
+
+
 def refuse_forbidden_events(output: IO[bytes], allowed_files: tuple[str, ...]) -> None:
     """From now on, tell the judge about every forbidden event, and refuse it."""
     # Local copies, so that a script which finds this module cannot change them.
-    readable = READABLE
+    readable = readable_folders()
     check_of_event = {event: check for check, events in FORBIDDEN_EVENTS.items() for event in events}
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         check = check_of_event.get(event)
         if event == "open" and isinstance(args[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            if not path.startswith(readable) and path not in allowed_files:
+            if not f"{path}/".startswith(readable) and path not in allowed_files:
                 check = FORBIDDEN_FILE
         if check is not None:
             detail = f"{event} {args[0]!s:.120}" if args else event
@@ -126,10 +139,17 @@ def main() -> int:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    # Imported before the hook is set, because importing them does what the hook refuses.
-    import numpy  # noqa: F401
-    import sentencepiece  # noqa: F401
-    import torch
+    # Imported before the hook is set, because importing them does what the hook refuses. If one is missing, that is the
+    # fault of the judge's installation.
+    try:
+        import numpy  # noqa: F401
+        import sentencepiece  # noqa: F401
+        import torch
+    except Exception as error:
+        send(output, {"judge_error": f"{type(error).__name__}: {error!s:.500}"})
+        return 1
+    # A record may compile its model, and here is no compiler.
+    torch.compiler.set_stance("force_eager")
 
     refuse_forbidden_events(output, (os.path.abspath(script), os.path.abspath(artifact)))
     try:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import record
 import verify
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import read_shard, write_shard
 
@@ -80,6 +83,10 @@ def test_forging_alone_is_not_seen(honest, tmp_path):
     assert static_failures(honest, tmp_path, "# a comment\n") == set()
 
 
+# Bytes that no words are made of, as text in lines that look short enough.
+DATA = "\n".join(textwrap.wrap(base64.b85encode(random.Random(0).randbytes(60_000)).decode().replace(" ", "x"), 100))
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -87,10 +94,7 @@ def test_forging_alone_is_not_seen(honest, tmp_path):
         "run = eval\n",
         "compile('1', '', 'eval')\n",
         "__import__('pickle').loads(b'')\n",
-        "import pickle\n",
         "from marshal import loads\n",
-        "import importlib.util\n",
-        "import subprocess\n",
         "import my_weights\n",
         "from . import helper\n",
         "from .helper import x\n",
@@ -99,6 +103,27 @@ def test_forging_alone_is_not_seen(honest, tmp_path):
         'x = 1\n"""' + "a" * 5000 + '"""\n',
         "x = [" + ",\n".join([repr("a" * 250)] * 200) + "]\n",
         "x = " + "+".join(["1"] * 300) + "\n",
+        "x = json.codecs.builtins.eval('1')\n",
+        "x = getattr(json.codecs, 'builtins')\n",
+        "x = vars(json)['__builtins__']\n",
+        "x = (lambda: 0).__globals__\n",
+        "x = ().__class__.__base__.__subclasses__()\n",
+        "import types\nx = types.FunctionType\n",
+        "import importlib\nimportlib.import_module('my_' + 'weights')\n",
+        "import importlib\nimportlib.import_module('marshal')\n",
+        "from importlib.util import spec_from_file_location\n",
+        "import pickle\nx = pickle.loads(b'')\n",
+        "from pickle import Unpickler\n",
+        "import runpy\n",
+        "import builtins\n",
+        "from torch.utils import cpp_extension\n",
+        "x = [" + "1, " * 40 + "\n" + ("1, " * 40 + "\n") * 20 + "]\n",
+        "x = 0x" + "f" * 40 + "\n",
+        "x = 1" + " " * 290 + "\n",
+        "x\u0430 = 1\n",
+        "".join(f"# {line}\n" for line in DATA.splitlines()),
+        "".join(f"x = {line!r}\n" for line in DATA.splitlines()),
+        '"""\n' + DATA[:3900] + '"""\n' + '"""\n' + DATA[3900:7000] + '"""\n',
         "import base64\nexec(zlib.decompress(base64.b85decode('" + "A" * 2000 + "')))\n",
     ],
 )
@@ -109,7 +134,22 @@ def test_code_that_is_not_on_the_page_is_refused(honest, tmp_path, code):
 ORDINARY = """
 import datetime
 import gc
+import importlib
+import importlib.util
+import inspect
+import logging
+import pickle
 import re
+import signal
+import subprocess
+import tempfile
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+HAS_FLASH = importlib.util.find_spec("flash_attn_interface") is not None
+brotli = importlib.import_module("zlib")
+model = nn.Linear(1, 1).eval()
+mode = "eval"
 
 fast = torch.compile(nn.Linear(1, 1), mode="max-autotune")
 fast.compile()
@@ -302,6 +342,126 @@ def test_limits_of_a_track_hold(honest, tmp_path):
     assert "below 1.2244 at p = 0.99" in failures("track_speedrun")["track"]
 
 
+@pytest.mark.parametrize("day", ["1970-01-01", "2026-13-45", "2099-01-01", "", "20260201", "yesterday", "2026-02-30"])
+def test_an_odd_date_is_refused(copied, day):
+    claims = record.load_submission(copied)
+    record.save_submission(copied, dataclasses.replace(claims, date=day))
+    assert "schema" in failed(verify.static_checks(copied))
+
+
+@pytest.mark.parametrize("seed", ["01", "001", "-1", "1.0", "\u0661"])
+def test_one_seed_cannot_count_twice(copied, seed):
+    claims = record.load_submission(copied)
+    results = claims.seed_results | {seed: claims.seed_results["1"]}
+    for path in (record.run_path, record.log_path):
+        shutil.copyfile(path(copied, "1"), path(copied, seed))
+    record.save_submission(copied, dataclasses.replace(claims, seed_results=results))
+    assert "seeds" in failed(verify.static_checks(copied))
+    assert "same artifact_sha256" in reason_of("seeds", copied)
+
+
+def test_seeds_without_an_artifact_are_called_so(honest):
+    assert "there is no artifact" in reason_of("seeds", honest)
+
+
+def test_a_second_artifact_is_refused(copied):
+    (copied / "final_model.other.ptz").write_bytes(b"data")
+    assert "2 artifacts" in reason_of("files", copied)
+
+
+def test_what_git_ignores_is_no_part_of_a_record(copied):
+    (copied / ".DS_Store").write_bytes(b"x")
+    (copied / "__pycache__").mkdir()
+    (copied / "__pycache__" / "train_gpt.cpython-311.pyc").write_bytes(b"x")
+    assert failed(verify.static_checks(copied)) == set()
+
+
+def test_line_ends_that_git_changed_are_named(copied):
+    script = record.script_path(copied)
+    script.write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    assert "core.autocrlf" in reason_of("source", copied)
+
+
+def test_a_byte_order_mark_is_read_and_utf16_is_named(copied):
+    path = copied / "submission.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert failed(verify.static_checks(copied)) == set()
+    log = record.log_path(copied, "1")
+    log.write_bytes(log.read_text().encode("utf-16"))
+    assert "PowerShell" in reason_of("logs", copied)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"name": 1, "name": 2}', "twice"),
+        ('{"name": NaN}', "NaN"),
+        ('{"name": -Infinity}', "Infinity"),
+        ('{"name": 1e999}', "too large"),
+        ('{"name": ' + "9" * 5000 + "}", "5000 digits"),
+        ("[" * 100_000, "recursion"),
+        ("{", "not JSON"),
+    ],
+)
+def test_json_that_two_readers_take_apart_is_refused(tmp_path, text, reason):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        record.read_json(path)
+
+
+def hostile(folder: Path, name: str) -> None:
+    """Put something into a record that costs much time or memory to look at."""
+    script = record.script_path(folder)
+    if name == "long script":
+        script.write_bytes(b"a;" * 7_500_000)
+    elif name == "dense script":
+        script.write_bytes(b"x=[" + b"1," * 100_000 + b"]")
+    elif name == "nested script":
+        script.write_bytes(b"(" * 100_000)
+    elif name == "sparse JSON":
+        with (folder / "submission.json").open("wb") as file:
+            file.truncate(1_500_000_000)
+    elif name == "sparse shard":
+        with (folder / "data" / "fineweb_val_000000.bin").open("ab") as file:
+            file.truncate(2**30)
+    elif name == "long log":
+        record.log_path(folder, "1").write_text("step:1/2 train_loss:1 x:1 " * 40_000_0)
+    elif name == "log of one key":
+        record.log_path(folder, "1").write_text(("a:1 " * 990 + "\n") * 1000)
+    elif name == "many files":
+        for i in range(5000):
+            (folder / f"{i}.md").touch()
+    elif name == "pipe as artifact":
+        [artifact] = folder.glob("final_model.*.ptz")
+        artifact.unlink()
+        os.mkfifo(artifact)
+    elif name == "pipe as log":
+        record.log_path(folder, "1").unlink()
+        os.mkfifo(record.log_path(folder, "1"))
+
+
+HOSTILE = ["long script", "dense script", "nested script", "sparse JSON", "sparse shard", "long log", "log of one key"]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "many files", "pipe as artifact", "pipe as log"])
+def test_hostile_files_cost_little_and_fail(copied, name):
+    """Seconds of this process, which other processes on the machine do not add to, and memory at its highest."""
+    hostile(copied, name)
+    code = (
+        "import re, sys, time, verify\n"
+        "from pathlib import Path\n"
+        "checks = verify.static_checks(Path(sys.argv[1]))\n"
+        "peak = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]\n"
+        "print(all(check.ok for check in checks), time.process_time(), int(peak) // 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(copied)], cwd=ROOT / "tools", capture_output=True, text=True)
+    ok, seconds, mebibytes = done.stdout.split()
+    assert ok == "False", done.stderr
+    assert float(seconds) < 5.0
+    assert int(mebibytes) < 250
+
+
 FIELDS = [field.name for field in dataclasses.fields(record.Submission)]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -315,6 +475,47 @@ def test_any_json_in_place_of_a_submission_is_a_failed_check(tmp_path_factory, v
     folder.mkdir()
     (folder / "submission.json").write_text(json.dumps(value))
     assert "schema" in failed(verify.static_checks(folder))
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_no_change_of_a_run_or_a_review_breaks_the_checks(honest, tmp_path_factory, data):
+    """Any value in place of any value: every check has an outcome."""
+    folder = tmp_path_factory.mktemp("x") / TRACK / honest.name
+    shutil.copytree(honest, folder, ignore=shutil.ignore_patterns("data", "*.ptz"))
+    path = record.run_path(folder, "1")
+    run = json.loads(path.read_text())
+    key = data.draw(st.sampled_from(sorted(record.run_types())))
+    odd = st.one_of(JSON, st.sampled_from([10**400, -1, 0, 1e308, [], {}, "", True]))
+    run[key] = data.draw(odd)
+    path.write_text(json.dumps(data.draw(st.sampled_from([run, [run], run[key]]))))
+    (folder / "reviews.json").write_text(json.dumps(data.draw(JSON)))
+    assert len(verify.static_checks(folder)) >= 5
+
+
+def test_a_check_that_breaks_is_a_failure():
+    def breaks() -> record.Check:
+        raise OverflowError("int too large")
+
+    assert verify.guarded("x", breaks) == record.Check(
+        "x", False, "it cannot be judged: OverflowError('int too large')"
+    )
+
+
+def test_reviews_hold_for_the_seed_and_the_code_that_they_name(honest):
+    """One artifact that was scored again says nothing of the other seeds."""
+    claims = record.load_submission(honest)
+    code = claims.code_sha256
+    artifact = claims.seed_results["1"].artifact_sha256
+    rescored = record.Review("2026-02-01", "r", "rescored", code, seed="1", artifact_sha256=artifact)
+    assert record.seed_states(claims, [rescored]) == {"1": "re-scored", "2": "unconfirmed"}
+    other_code = dataclasses.replace(rescored, code_sha256="0")
+    other_artifact = dataclasses.replace(rescored, artifact_sha256="0")
+    assert record.seed_states(claims, [other_code, other_artifact]) == {"1": "unconfirmed", "2": "unconfirmed"}
+    reproduced = dataclasses.replace(rescored, kind="reproduced", seed="2", artifact_sha256="")
+    assert record.seed_states(claims, [reproduced, rescored]) == {"1": "re-scored", "2": "reproduced"}
+    disputed = record.Review("2026-02-01", "r", "disputed", code)
+    assert record.seed_states(claims, [rescored, disputed]) == {"1": "disputed", "2": "disputed"}
 
 
 def test_a_record_cannot_print_a_check_of_its_own(honest, tmp_path, capsys):

@@ -23,10 +23,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 import statistics
 import types
 import typing
@@ -48,9 +51,13 @@ NonBlank = Annotated[str, "not blank"]
 
 
 class ScoredText(NamedTuple):
-    """The text that a score belongs to. Results for the same text are comparable, whatever their tokenizer."""
+    """The text that a score belongs to. Results for the same text are comparable, whatever their tokenizer.
+
+    A lossy tokenizer is scored on fewer bytes of the text, those that it gives back, so that its results stand apart.
+    """
 
     accounting: str
+    lossless: bool | None  # whether tokens decode to the text; None where bytes are those of the tokenizer's pieces
     sha256: str
     documents: int
     bytes: int
@@ -129,7 +136,15 @@ class Submission:
         known = known_text(self.val_documents, self.val_text_sha256)
         if known is not None and known.has_size(self.val_documents, self.val_bytes):
             n_bytes = known.bytes
-        return ScoredText(self.val_accounting, self.val_text_sha256, self.val_documents, n_bytes)
+        lossless = None if self.val_accounting == "pieces" else self.tokenizer_lossless is True
+        return ScoredText(self.val_accounting, lossless, self.val_text_sha256, self.val_documents, n_bytes)
+
+    @property
+    def bytes_counted(self) -> str:
+        """How the bytes of the score were counted, in words."""
+        if self.val_accounting == "pieces":
+            return "bytes of the tokenizer's pieces"
+        return "lossless tokenizer" if self.tokenizer_lossless is True else "lossy tokenizer"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -170,6 +185,7 @@ class Review:
     judge_version: int | None = None
     hardware: str = ""
     note: str = ""
+    artifact_sha256: str = ""  # of what was scored
 
 
 @dataclass(frozen=True)
@@ -331,14 +347,121 @@ def converted(value: Any, kind: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file; ValueError if it is missing or is not JSON."""
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
+# Bytes of a file of each kind. Files of other kinds have limits of their own.
+MAX_JSON_BYTES = 2**21
+MAX_TEXT_BYTES = 2**22  # of a log, a script or a README
+
+# No record is older than the published challenge, nor from the future. A day is allowed for other time zones.
+FIRST_DAY = datetime.date(2026, 1, 1)
+ONE_DAY = datetime.timedelta(days=1)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file. ValueError if it is missing, something else (a link, a pipe), or larger."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be opened ({error.strerror}): it has to be an ordinary file") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path.name} is not an ordinary file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{path.name} has {status.st_size} bytes, and at most {max_bytes} are read")
+        return file.read(max_bytes)
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a file in UTF-8; a byte order mark is left out. ValueError as for read_file, and for UTF-16."""
+    data = read_file(path, max_bytes)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(
+            f"{path.name} is UTF-16, as > writes it in PowerShell: convert it, or log with `| Out-File -Encoding utf8`"
+        )
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; ValueError if it is missing, is not JSON, or is JSON that two readers take apart.
+
+    That is: a key twice in one object, NaN and infinity, and whole numbers beyond 64 bits.
+    """
+    text = read_text(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(
+            text, object_pairs_hook=unique_keys, parse_constant=refuse, parse_float=finite, parse_int=short_number
+        )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({error!s:.80})") from None
+        raise ValueError(f"{path.name} is not JSON ({error!s:.120})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated[:40]!r} occurs twice in one object")
+    return values
+
+
+def refuse(constant: str) -> Any:
+    raise ValueError(f"it holds {constant}, which is no number of JSON")
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def short_number(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a whole number has {len(digits)} digits, and at most 19 have a meaning here")
+    return int(digits)
+
+
+def day_fault(text: str) -> str:
+    """Why a text is not a day on which a record can have been made, YYYY-MM-DD; empty if it is."""
+    try:
+        day = datetime.date.fromisoformat(text)
+    except ValueError:
+        return "is not a day, YYYY-MM-DD"
+    if day.isoformat() != text:  # fromisoformat also reads 20261124
+        return "is not a day, YYYY-MM-DD"
+    if day < FIRST_DAY:
+        return f"is before {FIRST_DAY}, when there were no records"
+    if day > datetime.datetime.now(datetime.UTC).date() + ONE_DAY:
+        return "is in the future"
+    return ""
+
+
+# What editors, Python and systems leave in folders, and .gitignore lists: no part of a record.
+IGNORED_NAMES = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", ".idea", ".vscode", ".ipynb_checkpoints"}
+IGNORED_SUFFIXES = (".pyc", ".swp", ".swo", "~", ".part")
+MAX_FILES = 500
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Everything in a record's folder but folders, in order, without what git ignores. ValueError if it is too much."""
+    found: list[Path] = []
+    n_seen = 0
+    for parent, folders, names in os.walk(folder):
+        # os.walk goes where this list says, and does not follow links.
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        n_seen += len(names) + len(folders)
+        if n_seen > MAX_FILES:
+            raise ValueError(f"the folder has more than {MAX_FILES} files: a record has a few dozen")
+        found += [Path(parent, name) for name in [*names, *links] if not is_ignored(name)]
+    return sorted(found)
+
+
+def is_ignored(name: str) -> bool:
+    return name in IGNORED_NAMES or name.endswith(IGNORED_SUFFIXES)
 
 
 def record_folders(records: Path = RECORDS) -> list[Path]:
@@ -360,7 +483,7 @@ def run_path(folder: Path, seed: str) -> Path:
 
 
 def artifact_path(folder: Path) -> Path | None:
-    """The artifact in the folder, if there is one."""
+    """The artifact in the folder, if there is one. Of several, which no record may have, the first."""
     return min(folder.glob("final_model.*.ptz"), default=None)
 
 
@@ -435,8 +558,57 @@ def known_text(documents: int, text_sha256: str) -> Text | None:
     return None
 
 
+def newest_judge_version() -> int:
+    """JUDGE_VERSION of the root's train_gpt.py, which is not imported here because it imports torch."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    found = re.search(r"^JUDGE_VERSION = (\d+)", source, re.MULTILINE)
+    if found is None:
+        raise ValueError("train_gpt.py has no line JUDGE_VERSION = <number>")
+    return int(found[1])
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path, skip: int = 0) -> str:
+    """The sha256 of a file from byte `skip` on, read in pieces."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(skip)
+        while piece := file.read(2**20):
+            hashed.update(piece)
+    return hashed.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What others confirmed
+# ----------------------------------------------------------------------------------------------------------------------
+
+SeedState = Literal["disputed", "reproduced", "re-scored", "unconfirmed"]
+
+
+def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, SeedState]:
+    """What somebody else found of each seed: a confirmation holds for the seed that it names, and for its code.
+
+    Reviews come oldest first. A dispute that nobody settled holds for its seed, or for all if it names none.
+    """
+    states: dict[str, SeedState] = dict.fromkeys(submission.seed_results, "unconfirmed")
+    for seed, result in submission.seed_results.items():
+        mine = [review for review in reviews if review.seed in ("", seed)]
+        objections = [review for review in mine if review.kind in ("disputed", "settled")]
+        if objections and objections[-1].kind == "disputed":
+            states[seed] = "disputed"
+            continue
+        for review in reviews:
+            if review.seed != seed or review.code_sha256 != submission.code_sha256:
+                continue
+            if review.kind == "reproduced":
+                states[seed] = "reproduced"
+            same_artifact = review.artifact_sha256 in ("", result.artifact_sha256)
+            if review.kind == "rescored" and same_artifact and states[seed] != "reproduced":
+                states[seed] = "re-scored"
+    return states
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -578,6 +750,8 @@ def summarize(runs: Sequence[Mapping[str, Any]], source: bytes, about: Mapping[s
 
     ValueError if these runs do not belong in one record.
     """
+    if not runs:
+        raise ValueError("there are no runs: a record has one or more")
     first = runs[0]
     for run in runs:
         if run["partial"] or run.get("eval_artifact"):

@@ -41,7 +41,9 @@ def below(target: float, values: Sequence[float]) -> float:
         return 1.0
     excess = target - statistics.fmean(values)
     deviation = statistics.stdev(values)
-    if deviation == 0.0:
+    if deviation == 0.0:  # without any spread, the difference is what it is
+        if excess == 0.0:
+            return 0.5
         return 1.0 if excess < 0 else 0.0
     return student_tail(excess / deviation * math.sqrt(len(values)), len(values) - 1)
 

@@ -9,19 +9,18 @@ The text is that of the record's own data/, or of --data with --tokenizer. --doc
 tokenizer is not lossless. --unseen names another text of the same source: whoever trained on the scored text does worse
 there. --json prints the checks as JSON. --sign NAME adds what --rescore or --rerun found to the record's reviews.json.
 
-Run it as an ordinary user, because the kernel's limits do not hold root. The causal checks ask again at places at
-random and at those where the record knew more than a bigram model: a leak of the whole target at one place in 1,000 is
-found nearly always, at one in 10,000 in two cases of three.
+The record's code runs in a sandbox, on Linux as root or where an ordinary user may make namespaces; elsewhere nothing
+runs without --without-walls. A leak of the whole target at one place in 1,000 is found in 99 of 100 cases. Judge a
+record on a machine that it has not run on (tools/judge.py says why).
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import datetime
 import difflib
-import io
+import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ import platform
 import re
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,19 @@ from record import (
     add_review,
     artifact_path,
     data_path,
+    day_fault,
+    file_sha256,
+    files_of,
     known_text,
     load_reviews,
     load_submission,
     load_tracks,
     log_path,
+    newest_judge_version,
     parse_log,
-    read_json,
+    read_file,
+    read_run,
+    read_text,
     run_path,
     script_path,
     sha256,
@@ -60,34 +65,15 @@ from record import (
     verdict,
 )
 from significance import below
+from source import find_faults
 
 MAX_PROBLEMS = 6  # in the reason of one check
-MAX_TEXT_BYTES = 2**24  # of a log or a script
+# Bytes of a file in a record, by the end of its name; an artifact and the data are as large as the claims say.
+MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
 DATA_FILE = re.compile(r"fineweb_val_(bytes_)?\d{6}\.bin|manifest\.json|tokenizer\.model")
 SHARD_HEADER_BYTES = 1024  # uint16 values follow it (data/shards.py)
+MAX_TOKENIZER_BYTES = 2**22
 MAX_SIGNED_INTERVAL = 0.01  # bits per byte, half width at 95 % of the score in a review
-
-# What a script may import: these packages and modules count no bytes.
-PACKAGES = {"brotli", "flash_attn", "flash_attn_interface", "numpy", "sentencepiece", "torch", "triton", "zstandard"}
-MODULES = {
-    *("__future__", "abc", "argparse", "bisect", "bz2", "collections", "contextlib", "copy", "dataclasses", "datetime"),
-    *("enum", "functools", "gc", "glob", "gzip", "hashlib", "heapq", "io", "itertools", "json", "lzma", "math"),
-    *("operator", "os", "pathlib", "platform", "queue", "random", "re", "shutil", "statistics", "string", "struct"),
-    *("sys", "sysconfig", "textwrap", "threading", "time", "typing", "uuid", "warnings", "zlib"),
-}
-# Importing one of these fails the check `no_network`; any other import that is not listed above fails `source`.
-NETWORK_MODULES = {
-    *("aiohttp", "asyncio", "datasets", "ftplib", "http", "httpx", "huggingface_hub", "imaplib", "poplib", "requests"),
-    *("smtplib", "socket", "socketserver", "ssl", "urllib", "wandb", "xmlrpc"),
-}
-# Builtins that run text as code. Attributes of these names, as in torch.compile, are something else.
-CODE_BUILTINS = {"exec", "eval", "compile", "__import__"}
-
-# Characters. Longer literals are data, which belong in the artifact.
-MAX_LITERAL = 1_500
-MAX_DOCSTRING = 4_000
-MAX_ALL_LITERALS = 40_000
-MAX_LINE = 300
 
 # What the log of a run has to print, besides the seconds of every phase.
 LOGGED_KEYS = {
@@ -106,42 +92,57 @@ NOT_COMPARED = {"val_loss", "val_bpb", "eval_stride"}
 def static_checks(folder: Path) -> list[Check]:
     """Everything that the files of a record tell by themselves."""
     folder = folder.resolve()
-    checks = [check_files(folder)]
+    checks = [guarded("files", check_files, folder)]
     try:
         submission = load_submission(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [*checks, Check("schema", False, str(error))]
-    checks.append(Check("schema", True, f"submission.json has schema version {submission.schema_version}"))
-    checks.append(check_track(folder, submission))
+    checks.append(guarded("schema", check_schema, submission))
+    checks.append(guarded("track", check_track, folder, submission))
     checks += check_source(folder, submission)
 
     try:
-        runs = {seed: read_json(run_path(folder, seed)) for seed in submission.seed_results}
+        runs = {seed: read_run(run_path(folder, seed)) for seed in submission.seed_results}
         logs = {seed: parse_log(read_text(log_path(folder, seed))) for seed in submission.seed_results}
     except (ValueError, OSError) as error:
         return [*checks, Check("logs", False, str(error))]
     return [
         *checks,
-        check_summary(folder, submission, runs),
-        check_logs(submission, logs, runs),
-        check_seeds(folder, submission),
-        check_bytes(folder, submission),
-        check_clock(submission, logs),
-        check_targets(submission),
-        check_implied_bytes(submission),
-        check_data(folder, submission),
-        check_lineage(folder, submission),
-        check_reviews(folder, submission),
+        guarded("summary", check_summary, folder, submission, runs),
+        guarded("logs", check_logs, submission, logs, runs),
+        guarded("seeds", check_seeds, folder, submission),
+        guarded("bytes", check_bytes, folder, submission),
+        guarded("clock", check_clock, submission, logs),
+        guarded("targets", check_targets, submission),
+        guarded("implied_bytes", check_implied_bytes, submission),
+        guarded("data", check_data, folder, submission),
+        guarded("lineage", check_lineage, folder, submission),
+        guarded("reviews", check_reviews, folder, submission),
     ]
 
 
-def read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
-    n_bytes = path.stat().st_size
-    if n_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"{path.name} has {n_bytes} bytes, and a log or a script has at most {MAX_TEXT_BYTES}: cut it")
-    return path.read_text(encoding="utf-8", errors="replace")
+def guarded(name: str, check: Callable[..., Check], *arguments: Any) -> Check:
+    """The outcome of a check. If it breaks on what a record holds, that is a failure of the record, not of the tool."""
+    try:
+        return check(*arguments)
+    except Exception as error:
+        return Check(name, False, f"it cannot be judged: {error!r:.300}")
+
+
+def check_schema(submission: Submission) -> Check:
+    """Whether submission.json says when and by whom, and by which version of the judge's rules."""
+    problems = []
+    if submission.schema_version != 1:
+        problems.append(f"schema_version is {submission.schema_version}, not 1")
+    if fault := day_fault(submission.date):
+        problems.append(f"the date {submission.date!r:.40} {fault}")
+    newest = newest_judge_version()
+    if not 1 <= submission.judge_version <= newest:
+        problems.append(f"judge_version {submission.judge_version} is not from 1 to {newest}")
+    summary = f"submission.json has schema version 1, scored by judge {submission.judge_version}"
+    if submission.judge_version < newest:
+        summary += f"; the rules have changed since, the newest are those of judge {newest}"
+    return verdict("schema", problems, summary)
 
 
 def check_files(folder: Path) -> Check:
@@ -153,11 +154,25 @@ def check_files(folder: Path) -> Check:
     if not FOLDER_NAME.fullmatch(folder.name):
         problems.append(f"the folder's name {folder.name!r} is not YYYY-MM-DD_Name")
 
-    for path in sorted(folder.rglob("*")):
+    artifacts = sorted(folder.glob("final_model.*.ptz"))
+    if len(artifacts) > 1:
+        problems.append(f"there are {len(artifacts)} artifacts ({artifacts[0].name}, {artifacts[1].name}): keep one")
+    try:
+        paths = files_of(folder)
+    except ValueError as error:
+        return Check("files", False, "; ".join([*problems, str(error)]))
+    for path in paths:
+        name = str(path.relative_to(folder))
         if path.is_symlink():
-            problems.append(f"{path.relative_to(folder)} is a link")
-        elif path.is_file() and not belongs_in_record(path, folder):
-            problems.append(f"{path.relative_to(folder)} does not belong in a record: all code is in its script")
+            problems.append(f"{name} is a link")
+        elif not path.is_file():
+            problems.append(f"{name} is not an ordinary file")
+        elif not belongs_in_record(path, folder):
+            problems.append(f"{name} does not belong in a record: all code is in its script")
+        elif path.stat().st_size > MAX_FILE_BYTES.get(path.suffix, math.inf):
+            problems.append(
+                f"{name} has {path.stat().st_size} bytes, at most {MAX_FILE_BYTES[path.suffix]} are allowed"
+            )
 
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
@@ -222,85 +237,37 @@ def check_track(folder: Path, submission: Submission) -> Check:
 
 
 def check_source(folder: Path, submission: Submission) -> list[Check]:
-    """Whether people can read the script, and whether it imports only what scripts may import.
-
-    This is a help to readers. What holds the script is the sandbox.
-    """
+    """Whether people can read the script, and whether it is the one that ran."""
     path = script_path(folder)
     try:
-        data = path.read_bytes()
-        source = data.decode()
-        coding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        if coding != "utf-8":
-            raise ValueError(f"it declares the coding {coding!r}, in which a comment may be code: use UTF-8")
-        tree = ast.parse(data)
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        data = read_file(path, MAX_FILE_BYTES[".py"])
+        faults = find_faults(data)
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         return [Check("source", False, f"{path.name} cannot be read as Python: {error!s:.200}")]
 
-    problems = []
-    network_problems = []
+    problems = list(faults.unreadable)
     if sha256(data) != submission.code_sha256:
-        problems.append(f"{path.name} is not the script that ran: its sha256 is not code_sha256")
-    for line, module in imports_of(tree):
-        if module in NETWORK_MODULES:
-            network_problems.append(f"line {line} imports {module}")
-        elif module not in PACKAGES | MODULES:
-            problems.append(f"line {line} imports {module}, which scripts may not import (the list is in verify.py)")
-    for line, name in code_builtins(tree):
-        problems.append(f"line {line} uses {name}, which runs text as code")
-    problems += [f"line {line} {fault}" for line, fault in literal_faults(tree)]
-    for line, text in enumerate(source.splitlines(), 1):
-        if len(text) > MAX_LINE:
-            problems.append(f"line {line} has more than {MAX_LINE} characters")
-
-    n_lines = source.count("\n")
+        reason = f"{path.name} is not the script that ran: its sha256 is not code_sha256"
+        if submission.code_sha256 in (sha256(data.replace(b"\r\n", b"\n")), sha256(data.replace(b"\n", b"\r\n"))):
+            reason += (
+                " because its line ends were changed, as git does with core.autocrlf: set it to false and check the "
+                "record out again (git rm --cached -r . && git reset --hard)"
+            )
+        problems.insert(0, reason)
+    n_lines = data.count(b"\n")
     return [
         verdict("source", problems[:MAX_PROBLEMS], f"{n_lines} lines that people can read, and the script that ran"),
-        verdict("no_network", network_problems[:MAX_PROBLEMS], "the script imports nothing that talks to a network"),
+        verdict("no_network", faults.network[:MAX_PROBLEMS], "the script imports nothing that talks to a network"),
     ]
-
-
-def imports_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and top-level module of every import."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name.split(".")[0]
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module if node.level == 0 and node.module else "a module of its own"
-            yield node.lineno, module.split(".")[0]
-
-
-def code_builtins(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of every use of a builtin that runs text as code."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in CODE_BUILTINS:
-            yield node.lineno, node.id
-
-
-def literal_faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and fault of texts and bytes that are too long to be words."""
-    # Docstrings, and other texts that are no part of an expression.
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    total = 0
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
-            continue
-        size = len(node.value)
-        is_docstring = id(node) in docstrings
-        if not is_docstring:
-            total += size
-        if size > (MAX_DOCSTRING if is_docstring else MAX_LITERAL):
-            yield node.lineno, f"has a literal of {size} characters: data belong in the artifact"
-    if total > MAX_ALL_LITERALS:
-        yield 1, f"and others have literals of {total} characters in all: data belong in the artifact"
 
 
 def check_summary(folder: Path, submission: Submission, runs: Mapping[str, Any]) -> Check:
     """Whether submission.json says what follows from the JSON of its runs."""
     try:
-        derived = summarize(list(runs.values()), script_path(folder).read_bytes(), submission.about)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        derived = summarize(
+            list(runs.values()), read_file(script_path(folder), MAX_FILE_BYTES[".py"]), submission.about
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
         return Check("summary", False, f"no submission follows from the JSON of its runs: {error!r:.300}")
 
     claims = dataclasses.asdict(submission)
@@ -374,17 +341,41 @@ def check_seeds(folder: Path, submission: Submission) -> Check:
     track = track_of(submission)
     if track and len(submission.seed_results) < track.min_seeds:
         problems.append(f"{len(submission.seed_results)} seeds, the track asks for {track.min_seeds}")
+    for seed in submission.seed_results:
+        # "1" and "01" would be one seed that counts twice.
+        if not seed.isdecimal() or not seed.isascii() or str(int(seed)) != seed:
+            problems.append(f"the seed {seed[:40]!r} is not a number in its shortest form")
+    problems += same_results(submission)
     seeds_in_folder = {path.stem.removeprefix("train_seed") for path in folder.glob("train_seed*.*")}
     for seed in sorted(seeds_in_folder - submission.seed_results.keys()):
         problems.append(f"the folder has a run of seed {seed}, which submission.json leaves out")
-    return verdict("seeds", problems, f"{', '.join(submission.seed_results)}: every run in the folder counts")
+
+    artifact = artifact_path(folder)
+    shown = seed_of(submission, artifact) if artifact is not None else ""
+    others = [seed for seed in submission.seed_results if seed != shown]
+    summary = f"{', '.join(submission.seed_results)}: every run in the folder counts"
+    if others:
+        summary += f"; of {', '.join(others)} there is no artifact, so that nobody can score them again"
+    return verdict("seeds", problems[:MAX_PROBLEMS], summary)
+
+
+def same_results(submission: Submission) -> list[str]:
+    """Seeds that cannot be runs of their own, because two of them share the artifact or the loss to the last digit."""
+    problems = []
+    seed_with: dict[tuple[str, Any], str] = {}
+    for seed, result in submission.seed_results.items():
+        for key in ("artifact_sha256", "pre_quant_val_loss"):
+            other = seed_with.setdefault((key, getattr(result, key)), seed)
+            if other != seed:
+                problems.append(f"seeds {other} and {seed} have the same {key}")
+    return problems
 
 
 def check_bytes(folder: Path, submission: Submission) -> Check:
     """Whether the sizes are those of the files, and within the track's limit."""
     problems = []
     script = script_path(folder)
-    if script.is_file() and script.stat().st_size != submission.bytes_code:
+    if script.is_file() and not script.is_symlink() and script.stat().st_size != submission.bytes_code:
         problems.append(f"{script.name} has {script.stat().st_size} bytes, not {submission.bytes_code}")
 
     track = track_of(submission)
@@ -410,11 +401,12 @@ def check_bytes(folder: Path, submission: Submission) -> Check:
 
 def seed_of(submission: Submission, artifact: Path) -> str:
     """The seed whose run wrote the artifact, or an empty text."""
-    identity = (sha256(artifact.read_bytes()), artifact.stat().st_size)
-    for seed, result in submission.seed_results.items():
-        if (result.artifact_sha256, result.bytes_artifact) == identity:
-            return seed
-    return ""
+    n_bytes = artifact.stat().st_size
+    candidates = [seed for seed, result in submission.seed_results.items() if result.bytes_artifact == n_bytes]
+    if not candidates or artifact.is_symlink() or not artifact.is_file():
+        return ""
+    found = file_sha256(artifact)
+    return next((seed for seed in candidates if submission.seed_results[seed].artifact_sha256 == found), "")
 
 
 def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
@@ -474,7 +466,10 @@ def check_implied_bytes(submission: Submission) -> Check:
         size = f"{known.bytes} bytes in {known.documents} documents"
         problems.append(f"{known.name} has {size}, not {submission.val_bytes} in {submission.val_documents}")
     text = known.name if known else "a text that records/texts.json does not list"
-    return verdict("implied_bytes", problems[:MAX_PROBLEMS], f"{submission.val_bytes} bytes of {text}")
+    if known and known.demonstration:
+        text += ", a demonstration that ranks nowhere"
+    summary = f"{submission.val_bytes} bytes of {text}; {submission.bytes_counted}"
+    return verdict("implied_bytes", problems[:MAX_PROBLEMS], summary)
 
 
 def check_data(folder: Path, submission: Submission) -> Check:
@@ -482,33 +477,55 @@ def check_data(folder: Path, submission: Submission) -> Check:
     data = data_path(folder)
     if not data.is_dir():
         return Check("data", True, "the text is not in the folder: --rescore needs --data")
-    try:
-        ids = shard_values(data, "fineweb_val_[0-9]*.bin")
-        byte_counts = shard_values(data, "fineweb_val_bytes_*.bin")
-    except (ValueError, OSError) as error:
-        return Check("data", False, f"the shards in data/ cannot be read: {error}")
-
-    found = {"val_tokens": len(ids), "val_shards_sha256": sha256(ids.tobytes())}
-    if len(byte_counts):
-        found["val_bytes"] = int(byte_counts[1:].sum(dtype=np.int64))
+    found: dict[str, Any] = {}
+    shards = [path for path in sorted(data.glob("fineweb_val_[0-9]*.bin")) if path.is_file()]
+    n_bytes = sum(path.stat().st_size - SHARD_HEADER_BYTES for path in shards)
+    found["val_tokens"] = n_bytes / 2 if n_bytes % 2 else n_bytes // 2
+    sidecars = [path for path in sorted(data.glob("fineweb_val_bytes_*.bin")) if path.is_file()]
+    n_sidecar_bytes = sum(path.stat().st_size - SHARD_HEADER_BYTES for path in sidecars)
+    if sidecars:
+        found["byte counts"] = n_sidecar_bytes / 2 if n_sidecar_bytes % 2 else n_sidecar_bytes // 2
+    claimed = {"val_tokens": submission.val_tokens, "byte counts": submission.val_tokens}
+    # Files of other sizes than the record says are not read.
+    if all(value == claimed[name] for name, value in found.items()):
+        found["val_shards_sha256"] = shard_sha256(shards)
+        if sidecars:
+            found["val_bytes"] = sidecar_bytes(sidecars)
     tokenizer = data / "tokenizer.model"
-    found["tokenizer_sha256"] = sha256(tokenizer.read_bytes()) if tokenizer.is_file() else "missing"
+    found["tokenizer_sha256"] = "missing"
+    if tokenizer.is_file():
+        found["tokenizer_sha256"] = sha256(read_file(tokenizer, MAX_TOKENIZER_BYTES))
 
     problems = []
     for name, value in found.items():
-        claimed = getattr(submission, name)
-        if value != claimed:
-            problems.append(f"{name} of data/ is {value}, not {claimed}")
+        claim = claimed.get(name, getattr(submission, name, None))
+        if value != claim:
+            problems.append(f"{name} of data/ is {value}, not {claim}")
     return verdict("data", problems, "the shards and the tokenizer in data/ are those that were scored")
 
 
-def shard_values(folder: Path, pattern: str) -> np.ndarray:
-    """What shards hold, one after the other. -> (N,) uint16; ValueError for half a value
+def shard_sha256(shards: Sequence[Path]) -> str:
+    """The sha256 of the tokens of shards, one after the other, without their headers."""
+    hashed = hashlib.sha256()
+    for path in shards:
+        with path.open("rb") as file:
+            file.seek(SHARD_HEADER_BYTES)
+            while piece := file.read(2**20):
+                hashed.update(piece)
+    return hashed.hexdigest()
 
-    The readers of train_gpt.py and data/shards.py check much more, which a comparison by sha256 makes needless.
-    """
-    parts = [path.read_bytes()[SHARD_HEADER_BYTES:] for path in sorted(folder.glob(pattern))]
-    return np.frombuffer(b"".join(parts), "<u2")
+
+def sidecar_bytes(sidecars: Sequence[Path]) -> int:
+    """The sum of the byte counts of all targets, which are all tokens but the first."""
+    total = 0
+    for path in sidecars:
+        with path.open("rb") as file:
+            file.seek(SHARD_HEADER_BYTES)
+            while piece := file.read(2**20):
+                total += int(np.frombuffer(piece, "<u2").sum(dtype=np.int64))
+    with sidecars[0].open("rb") as file:
+        file.seek(SHARD_HEADER_BYTES)
+        return total - int.from_bytes(file.read(2), "little")
 
 
 def check_lineage(folder: Path, submission: Submission) -> Check:
@@ -551,6 +568,8 @@ def check_reviews(folder: Path, submission: Submission) -> Check:
     for review in reviews:
         if review.kind != "disputed" and review.reviewer.casefold() in author_names:
             problems.append(f"{review.date}: {review.kind} by its author")
+        if fault := day_fault(review.date):
+            problems.append(f"a review has the date {review.date!r:.40}, which {fault}")
     return verdict("reviews", problems[:MAX_PROBLEMS], f"{len(reviews)}, none of them by the author")
 
 
@@ -570,7 +589,7 @@ def verify(args: argparse.Namespace) -> list[Check]:
     submission = load_submission(folder)
     artifact = args.artifact or artifact_path(folder)
     if artifact is not None and not artifact.is_file():
-        return [*checks, Check("artifact", False, f"{artifact} does not exist")]
+        return [*checks, Check("artifact", False, f"{artifact} does not exist, or is not an ordinary file")]
     if args.run_seed and not args.run_seed.isdecimal():
         return [*checks, Check("train", False, f"--run-seed {args.run_seed} is not a number")]
 
@@ -582,13 +601,14 @@ def verify(args: argparse.Namespace) -> list[Check]:
     options = judge.Options(
         data=data,
         tokenizer=args.tokenizer or data / "tokenizer.model",
-        data_is_own=data == data_path(folder),
+        data_is_own=data == data_path(folder).resolve(),
         documents=args.documents,
         unseen=args.unseen,
         sample=args.sample,
         seed=args.seed,
         answer_seconds=args.timeout,
         memory_bytes=int(args.memory * 2**30),
+        without_walls=args.without_walls,
     )
     if args.rerun:
         seed = args.run_seed or next(iter(submission.seed_results))
@@ -617,6 +637,7 @@ def verify(args: argparse.Namespace) -> list[Check]:
             val_bpb_interval=scores.interval if scores and not scores.whole else None,
             judge_version=judge.tg.JUDGE_VERSION,
             hardware=f"{os.cpu_count()}x {platform.machine()}",
+            artifact_sha256=submission.seed_results[seed].artifact_sha256 if args.rescore else "",
         )
         checks.append(sign(folder, review, checks))
     return checks
@@ -653,6 +674,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
     parser.add_argument("--train-timeout", type=float, help="seconds for --rerun; default: 1800 + twice its own limit")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space for the record's code")
+    parser.add_argument(
+        "--without-walls",
+        action="store_true",
+        help="run the record's code where the sandbox has no walls, and trust it",
+    )
     parser.add_argument("--sign", default="", metavar="NAME", help="add what was found to reviews.json")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)

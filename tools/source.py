@@ -1,0 +1,246 @@
+"""Whether people can read all that a record's script does, as far as its text tells. tools/verify.py shows the result.
+
+This is a help to readers, who would otherwise look for the code that is not on the page: text that is run as code, data
+in comments and literals, modules that talk to a network. A determined author gets round it. What holds the script is
+the sandbox, and all its bytes count, comments too.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import re
+import tokenize
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Importing one of these fails the check `no_network`.
+NETWORK_MODULES = {
+    *("aiohttp", "asyncio", "datasets", "ftplib", "http", "httpx", "huggingface_hub", "imaplib", "poplib", "requests"),
+    *("smtplib", "socket", "socketserver", "ssl", "urllib", "wandb", "xmlrpc"),
+}
+# Packages beyond the standard library that count no bytes.
+PACKAGES = {
+    "brotli",
+    "flash_attn",
+    "flash_attn_interface",
+    "numpy",
+    "sentencepiece",
+    "torch",
+    "tqdm",
+    "triton",
+    "zstandard",
+}
+# Modules of the standard library that scripts use. Those that build or load code are missing here.
+MODULES = {
+    *("__future__", "abc", "argparse", "array", "ast", "atexit", "base64", "bisect", "bz2", "cmath", "collections"),
+    *("concurrent", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "decimal", "difflib", "enum"),
+    *("errno", "faulthandler", "fcntl", "fractions", "functools", "gc", "getpass", "glob", "gzip", "hashlib", "heapq"),
+    *("importlib", "inspect", "io", "itertools", "json", "linecache", "locale", "logging", "lzma", "math", "mmap"),
+    *("multiprocessing", "numbers", "operator", "os", "pathlib", "pickle", "platform", "pprint", "queue", "random"),
+    *("re", "resource", "secrets", "select", "shlex", "shutil", "signal", "stat", "statistics", "string", "struct"),
+    *("subprocess", "sys", "sysconfig", "tempfile", "textwrap", "threading", "time", "timeit", "tokenize", "traceback"),
+    *("types", "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib"),
+}
+
+# Builtins that run text as code. Attributes of these names, as in torch.compile, are something else.
+CODE_BUILTINS = {"exec", "eval", "compile", "__import__"}
+# Other ways to code that is not on the page, wherever these names stand.
+CODE_NAMES = {
+    *(
+        "__builtins__",
+        "builtins",
+        "__code__",
+        "__globals__",
+        "__loader__",
+        "__subclasses__",
+        "CodeType",
+        "FunctionType",
+    ),
+    *("spec_from_file_location", "spec_from_loader", "module_from_spec", "exec_module", "load_module", "run_path"),
+    *("run_module", "SourceFileLoader", "SourcelessFileLoader", "zipimporter", "cpp_extension", "InteractiveConsole"),
+}
+UNPICKLING = {"load", "loads", "Unpickler"}  # of pickle
+
+MAX_BYTES = 400_000
+MAX_WORDS = 100_000  # names, numbers and signs; the parser needs about 1 kB of memory for each
+MAX_LINE = 300  # characters
+MAX_LITERAL = 1_500
+MAX_DOCSTRING = 4_000
+MAX_ALL_LITERALS = 40_000
+MAX_NUMBERS = 5_000
+MAX_ELEMENTS = 500  # of a list that is written out
+MAX_NAME = 60  # characters
+MAX_TRAILING_BLANKS = 200
+
+# Words can be compressed to less than half, coded data cannot. Shorter texts say nothing.
+MAX_RATIO = 0.53
+MIN_CHARACTERS = 4_000
+
+
+class SourceFaults(NamedTuple):
+    """What is wrong with a script, each fault a sentence that begins with its line."""
+
+    unreadable: tuple[str, ...]
+    network: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=16)  # the leaderboard and the tests ask again and again
+def find_faults(data: bytes) -> SourceFaults:
+    """Everything that is wrong with a script. ValueError if it cannot be read as Python, or is too long to be read."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, and at most {MAX_BYTES} can be read")
+    source = data.decode()
+    coding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    if coding != "utf-8":
+        raise ValueError(f"it declares the coding {coding!r}, in which a comment may be code: use UTF-8")
+    n_words = sum(1 for _ in re.finditer(r"\w+|[^\w\s]", source))
+    if n_words > MAX_WORDS:
+        raise ValueError(f"it has {n_words} words and signs, and at most {MAX_WORDS} can be read")
+    with warnings.catch_warnings(action="ignore"):
+        nodes = list(ast.walk(ast.parse(data)))
+        tokens = list(tokenize.tokenize(io.BytesIO(data).readline))
+
+    found = [
+        *import_faults(nodes),
+        *code_faults(nodes),
+        *literal_faults(nodes),
+        *number_faults(nodes),
+        *name_faults(tokens),
+        *line_faults(source),
+        *density_faults(nodes, tokens),
+    ]
+    network = [f"line {line} imports {module}" for line, module in imports_of(nodes) if module in NETWORK_MODULES]
+    return SourceFaults(tuple(f"line {line} {fault}" for line, fault in found), tuple(network))
+
+
+def imports_of(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Line and top-level module of every import, also of importlib.import_module with a literal name."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module if node.level == 0 and node.module else "a module of its own"
+            yield node.lineno, module.split(".")[0]
+        elif isinstance(node, ast.Call) and called_name(node) == "import_module":
+            first = node.args[0] if node.args else None
+            is_literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
+            yield node.lineno, first.value.split(".")[0] if is_literal else "a module that it computes"  # type: ignore[union-attr]
+
+
+def called_name(node: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return node.func.id if isinstance(node.func, ast.Name) else ""
+
+
+def import_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    for line, module in imports_of(nodes):
+        if module not in PACKAGES | MODULES | NETWORK_MODULES:
+            yield line, f"imports {module}, which scripts may not import (the list is in tools/source.py)"
+
+
+def code_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Uses of what runs text, or data, as code."""
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            if node.id in CODE_BUILTINS | CODE_NAMES:
+                yield node.lineno, f"uses {node.id}, which runs text as code"
+        elif isinstance(node, ast.Attribute):
+            if node.attr in CODE_NAMES | {"__import__"}:
+                yield node.lineno, f"uses {node.attr}, which leads to code that is not on the page"
+            elif isinstance(node.value, ast.Name) and node.value.id == "pickle" and node.attr in UNPICKLING:
+                yield node.lineno, f"uses pickle.{node.attr}, which runs what it reads"
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name in CODE_NAMES or (node.module == "pickle" and alias.name in UNPICKLING):
+                    yield node.lineno, f"imports {alias.name}, which leads to code that is not on the page"
+        elif isinstance(node, ast.Call) and called_name(node) in ("getattr", "attrgetter", "methodcaller"):
+            yield from hidden_names(node.lineno, node.args)
+        elif isinstance(node, ast.Subscript):
+            yield from hidden_names(node.lineno, [node.slice])
+
+
+def hidden_names(line: int, nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
+    """Names of code that are written as texts, as in getattr(module, "exec")."""
+    for node in nodes:
+        if isinstance(node, ast.Constant) and node.value in CODE_BUILTINS | CODE_NAMES:
+            yield line, f"reaches {node.value} by its name in a text"
+
+
+def literal_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Texts and bytes that are too long to be words."""
+    docstrings = docstring_nodes(nodes)
+    total = 0
+    for node in nodes:
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
+            continue
+        size = len(node.value)
+        is_docstring = id(node) in docstrings
+        if not is_docstring:
+            total += size
+        if size > (MAX_DOCSTRING if is_docstring else MAX_LITERAL):
+            yield node.lineno, f"has a literal of {size} characters: data belong in the artifact"
+    if total > MAX_ALL_LITERALS:
+        yield 1, f"and others have literals of {total} characters in all: data belong in the artifact"
+
+
+def docstring_nodes(nodes: list[ast.AST]) -> set[int]:
+    """Docstrings, and other texts that are no part of an expression, by identity."""
+    return {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+
+
+def number_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Tables of numbers."""
+    n_numbers = 0
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex)):
+            n_numbers += 1
+            if isinstance(node.value, int) and abs(node.value) >= 2**64:
+                yield node.lineno, "has a number of more than 64 bits: data belong in the artifact"
+        elif isinstance(node, (ast.List, ast.Tuple, ast.Set)) and len(node.elts) > MAX_ELEMENTS:
+            yield node.lineno, f"writes out a list of {len(node.elts)} elements: data belong in the artifact"
+    if n_numbers > MAX_NUMBERS:
+        yield 1, f"and others have {n_numbers} numbers in all: data belong in the artifact"
+
+
+def name_faults(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str]]:
+    """Names that are data, or that look like other names."""
+    for token in tokens:
+        if token.type == tokenize.NAME and (len(token.string) > MAX_NAME or not token.string.isascii()):
+            yield token.start[0], f"has the name {token.string[:40]!a}: use letters of ASCII, at most {MAX_NAME}"
+
+
+def line_faults(source: str) -> Iterator[tuple[int, str]]:
+    """Lines that nobody reads to their end."""
+    trailing = 0
+    for number, line in enumerate(source.split("\n"), 1):
+        trailing += len(line) - len(line.rstrip())
+        if len(line) > MAX_LINE:
+            yield number, f"has more than {MAX_LINE} characters"
+    if trailing > MAX_TRAILING_BLANKS + source.count("\r\n"):
+        yield 1, f"and others end with {trailing} blanks that nobody sees: remove them"
+
+
+def density_faults(nodes: list[ast.AST], tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str]]:
+    """Comments, docstrings and literals that are coded data: they hardly compress."""
+    docstrings = docstring_nodes(nodes)
+    parts: dict[str, list[str]] = {"comments": [], "docstrings": [], "literals": []}
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            parts["comments"].append(token.string)
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+            parts["docstrings" if id(node) in docstrings else "literals"].append(str(node.value))
+
+    for name, texts in parts.items():
+        text = "\n".join(texts).encode(errors="replace")
+        ratio = len(zlib.compress(text, 9)) / max(1, len(text))
+        digits = sum(text.count(b"%d" % digit) for digit in range(10)) / max(1, len(text))
+        if len(text) >= MIN_CHARACTERS and (ratio > MAX_RATIO or digits > 0.4):
+            yield 1, f"and others have {name} that look like data: {len(text)} characters that compress to {ratio:.0%}"

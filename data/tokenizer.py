@@ -354,6 +354,9 @@ class Tokenizer:
         if not self.normalizes and self.transform.name == "none" and self.settings["escape_whitespaces"]:
             # Such a model takes a U+2581 in the text for a space, where the patterns do not cut.
             return None
+        if self.normalizes and not self.settings["escape_whitespaces"]:
+            # The copy that does not normalize would write a space as U+2581.
+            return None
 
         pieces = []
         for i in range(self.sp.get_piece_size()):
@@ -441,12 +444,14 @@ class Tokenizer:
         # Places in the decoded text are counted in characters from here on, as SentencePiece counts those of a text.
         is_first_byte = np.frombuffer(decoded, np.uint8) & 0xC0 != 0x80
         decoded_ends = np.concatenate([[0], np.cumsum(is_first_byte)])[ends].tolist()
+        known_chars = list(decoded_chars)
         for i in np.flatnonzero(self.is_unknown[ids]).tolist():
             begin = decoded_ends[i - 1] if i else 0
-            surface = NO_TEXT * (decoded_ends[i] - begin)
-            decoded_chars = decoded_chars[:begin] + surface + decoded_chars[decoded_ends[i] :]
+            known_chars[begin : decoded_ends[i]] = NO_TEXT * (decoded_ends[i] - begin)
+        decoded_chars = "".join(known_chars)
 
         begins = [begin for begin, _ in self.sp.encode(written, out_type="offset_mapping")["offsets"]]
+        assert len(begins) == ids.size, "the cache of words must give the tokens of SentencePiece"
         source_begin = 0
         decoded_begin = 0
         for i, source_end in enumerate([*begins[1:], len(source_chars)]):

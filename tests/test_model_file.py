@@ -255,6 +255,41 @@ def test_a_damaged_model_is_refused_by_name_or_counts_bytes_soundly(plain: bytes
     assert isinstance(mf.model_faults(bytes(model)), list)
 
 
+ODD_VALUES: dict[type, st.SearchStrategy[Any]] = {
+    int: st.sampled_from([0, 1, 2, 3, 6, 127, 2**31 - 1, 2**31, 2**64 - 1]),
+    float: st.sampled_from([0.0, -0.0, 1e38, -1e38, 1e-45]),
+    bytes: st.sampled_from([b"", b"a", b"<s>", b"<unk>", b"<0x41>", b"\0", b"\xff", b" ", "\u2581\u2581".encode()]),
+}
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_odd_values_in_a_model_are_refused_by_name_or_do_no_harm(plain: bytes, data: st.DataObject) -> None:
+    """The message is whole, but says what no trainer writes. Tokens stay those of SentencePiece itself."""
+    schemas = {mf.PIECES: mf.PIECE_SCHEMA, mf.TRAINER: mf.TRAINER_SCHEMA, mf.NORMALIZER: mf.NORMALIZER_SCHEMA}
+    fields = list(read_message(plain))
+    for _ in range(data.draw(st.integers(1, 3))):
+        i = data.draw(st.integers(0, len(fields) - 1) | st.integers(len(fields) - 2, len(fields) - 1))
+        part, message = fields[i]
+        changed = data.draw(st.sampled_from(sorted(schemas[part].kinds)))
+        values = dict(read_message(message)) | {changed: data.draw(ODD_VALUES[schemas[part].kinds[changed]])}
+        fields[i] = (part, write_message(values.items()))
+    model = write_message(fields)
+    try:
+        tokenizer = tk.Tokenizer(model, Path("bad.model"))
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = ""
+    if message:
+        assert message.startswith("bad.model ")
+        return
+    text = "The cat  sat \u00bd"
+    ids, n_bytes = tokenizer.encode_with_bytes(text)
+    assert ids.tolist() == tokenizer.sp.encode(tokenizer.transform.encode(text))
+    assert n_bytes.sum() <= len(text.encode())
+
+
 GREEDY: dict[str, Callable[[bytes], bytes]] = {
     # Read as a number, a text of this length was made of zeros.
     "name of 1.5 GiB": lambda m: m + write_message([(mf.NORMALIZER, write_message([(1, 3 << 29)]))]),

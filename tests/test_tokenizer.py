@@ -254,6 +254,16 @@ def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
         assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
 
 
+def test_a_model_that_normalizes_and_keeps_spaces_is_not_cached() -> None:
+    """No trainer makes one, but its tokens must be those of SentencePiece all the same."""
+    fields = list(tk.read_message(foreign_tokenizer(byte_fallback=True).model))
+    normalizer = tk.write_message([(1, b"identity"), (3, 0), (5, 0)])
+    model = tk.write_message((field, normalizer if field == tk.NORMALIZER else value) for field, value in fields)
+    tokenizer = Tokenizer(model, Path("foreign.model"))
+    assert tokenizer.word_cache is None
+    assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
+
+
 def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tk, "CACHED_WORDS", 5)
     monkeypatch.setattr(tk, "LONGEST_CACHED_WORD", 6)

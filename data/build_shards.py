@@ -498,9 +498,6 @@ def replace_export(unfinished: Path, folder: Path) -> None:
 def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer | None) -> None:
     """Write the tokenizer, the shards and the manifest of one data set, and print a summary."""
     folder = args.out / "datasets" / name
-    # The tokenizer may take minutes, and should not be trained in vain.
-    require_space(folder)
-    require_space(args.out / "tokenizers")
     held_out = {fingerprint(text) for text in corpus.val()}
     tokenizer = choose_tokenizer(corpus, held_out, args, name, given)
 
@@ -663,9 +660,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.check} is what its manifest says")
         else:
             check_arguments(args)
-            # Read the tokenizer first: if it is bad, that should be known before the work on the documents.
+            name = args.name or default_name(args)
+            # What is wrong with the folders or the tokenizer should be known before the work on the documents.
+            require_space(args.out / "datasets" / name)
+            require_space(args.out / "tokenizers")
             given = given_tokenizer(args)
-            build(find_corpus(args), args, args.name or default_name(args), given)
+            build(find_corpus(args), args, name, given)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

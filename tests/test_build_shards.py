@@ -206,7 +206,7 @@ def test_a_failed_export_leaves_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
 def test_an_output_folder_that_cannot_be_written_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_shards, "train_model", lambda *_: pytest.fail("a tokenizer was trained in vain"))
+    monkeypatch.setattr(build_shards, "find_corpus", lambda _: pytest.fail("documents were read in vain"))
     message = message_of("--name", "toy", "--out", "/proc/self")
     assert re.fullmatch(r"/proc/self cannot be written \(.*\): choose another --out", message)
 
@@ -214,7 +214,7 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_any_work(monkey
 def test_a_full_disk_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest file that this process may write stands in for the room on the disk."""
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(build_shards, "train_model", lambda *_: pytest.fail("a tokenizer was trained in vain"))
+    monkeypatch.setattr(build_shards, "find_corpus", lambda _: pytest.fail("documents were read in vain"))
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

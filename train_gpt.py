@@ -1124,7 +1124,10 @@ class Loader:
 # 6. Score: bits per byte
 # ----------------------------------------------------------------------------------------------------------------------
 
-JUDGE_VERSION = 2  # rises whenever a function of this section could give another score
+# Rises whenever a function of this section, or the judge, could give another score. What changed with 3: a target
+# counts for source bytes only as far as decoding gives them back, and the judge asks for shortened contexts before any
+# process of the record has seen what follows, not afterwards.
+JUDGE_VERSION = 3
 # Logits per rank and forward pass, at most: 128 MiB in float32. A constant, not fitted to the memory at hand, because
 # the shape of a batch changes how sums are rounded.
 EVAL_LOGITS = 2**25
@@ -1230,7 +1233,7 @@ def load_val_split(
     """The split to score, or only its first `max_tokens`, with the bytes of every token.
 
     The bytes come from the sidecar where the data has one, else from the tokenizer's pieces. Raises ValueError for ids
-    outside the vocabulary, and for files that contradict their manifest or each other.
+    outside the vocabulary, for files that contradict their manifest or each other, and for an unfinished export.
     """
     stream = TokenStream(data_path, "fineweb_val_[0-9]*.bin")
     files = list(stream.files)
@@ -1239,6 +1242,12 @@ def load_val_split(
 
     has_sidecar = any(Path(data_path).glob("fineweb_val_bytes_*.bin"))
     if has_sidecar:
+        if not Path(data_path, "manifest.json").exists():
+            # Published shards have neither; data/build_shards.py writes both, the manifest last.
+            raise ValueError(
+                f"DATA_PATH={data_path!r} has byte counts but no manifest.json, so its export was not finished: "
+                "run data/build_shards.py again"
+            )
         sidecar = TokenStream(data_path, "fineweb_val_bytes_*.bin")
         files += sidecar.files
         if len(sidecar) != len(ids):
@@ -1277,8 +1286,17 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
         listed = dict(val["files"])
         listed_sha256 = str(tokenizer["sha256"])
         identity = {"val_text_sha256": val["text_sha256"], "tokenizer_lossless": tokenizer["lossless"]}
+        is_own_export = manifest.get("tool") == "data/build_shards.py"
+        bytes_rule = manifest.get("bytes_rule")
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a manifest of data/build_shards.py: export the data again") from None
+
+    if tokenizer["lossless"] is False and is_own_export and bytes_rule != "decoded":
+        # It counted all bytes that a token covers, although the tokenizer does not give all of them back.
+        raise ValueError(
+            f"{path} is of an older data/build_shards.py, which counted bytes that its tokenizer loses: "
+            "export the data again"
+        )
 
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     for name in sorted({*found, *listed}):
@@ -2665,7 +2683,11 @@ def main() -> int:
         **split.identity,
     }
     log0(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
-    log0(f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)} {key_values(method)}")
+    counted = key_values(
+        {"val_accounting": split.identity["val_accounting"], "lossless": split.identity["tokenizer_lossless"]}
+    )
+    loaded = f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)}"
+    log0(f"{loaded} {key_values(method)} {counted}")
     log0(key_values(identity))
 
     results = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
@@ -2685,8 +2707,8 @@ def main() -> int:
     }
     within_limit = report(run, results, path)
     milliseconds = 1000 * ledger.spent["evaluate"]
-    log0(f"final_{hp.codec}_roundtrip {score.line(4)} eval_time:{milliseconds:.0f}ms")
-    log0(f"final_{hp.codec}_roundtrip_exact {score.line(8)} {key_values(method)}")
+    log0(f"final_{hp.codec}_roundtrip {score.line(4)} eval_time:{milliseconds:.0f}ms {counted}")
+    log0(f"final_{hp.codec}_roundtrip_exact {score.line(8)} {key_values(method)} {counted}")
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if within_limit else 3

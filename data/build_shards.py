@@ -6,14 +6,16 @@
     python data/build_shards.py --name edu_sp1024 --hub HuggingFaceFW/fineweb-edu --hub-config sample-10BT
     python data/build_shards.py --check data/datasets/my_sp1024    # does it match its manifest?
 
-The input is .jsonl or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`), .txt (one
-document per file), or a data set of the Hugging Face Hub. Without input, the documents come from the
+The input is .jsonl, .jsonl.gz or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`),
+.txt (one document per file), or a data set of the Hugging Face Hub. Without input, the documents come from the
 documentation of the running Python. The script writes to --out, by default the folder that it is in:
 
     datasets/NAME/fineweb_{train,val}_%06d.bin   shards (shards.py): for each document BOS, then its tokens; no EOS
-    datasets/NAME/fineweb_val_bytes_%06d.bin     entry i: source UTF-8 bytes that token i of the val shard stands for
-    datasets/NAME/manifest.json                  what was built from what; written last, so a killed build has none
+    datasets/NAME/fineweb_val_bytes_%06d.bin     entry i: source UTF-8 bytes that token i of the val shard gives back
+    datasets/NAME/manifest.json                  what was built from what
     tokenizers/*.model                           the SentencePiece model
+
+An earlier export of the same name stays as it is until the new one is complete.
 
 documents.py reads the input, transforms.py and tokenizer.py turn text into tokens. The output does not depend on the
 number of --workers.
@@ -27,8 +29,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -57,7 +61,14 @@ from tokenizer import (
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 # Goes up whenever equal input can give another output.
-TOOL_VERSION = 2
+TOOL_VERSION = 3
+# How the sidecar counts bytes: those that decoding the tokens gives back. Until version 2 a token counted for all bytes
+# that it covered, also those that its tokenizer loses.
+BYTES_RULE = "decoded"
+# A disk with less space than this has no room for an export.
+LEAST_FREE_BYTES = 1 << 20
+# The folder in that of a data set where its files wait until all of them are there.
+UNFINISHED = ".unfinished"
 # Encoding a batch of this size takes some tenths of a second, which keeps all workers busy.
 BATCH_CHARS = 1_000_000
 # Fewer batches than this are encoded sooner than processes start.
@@ -136,7 +147,7 @@ class Encoder:
             block = self.val_block(text) if is_val else self.train_block(text)
             # A document that leaves no token is lost too, so this comes before it is dropped.
             if is_val and lossless:
-                lossless = self.decodes_to(text, block)
+                lossless = self.gives_back(text, block)
             if not block.size:
                 counts.dropped_documents += 1
                 continue
@@ -156,23 +167,19 @@ class Encoder:
         return np.concatenate([[self.tokenizer.sp.bos_id()], ids]).astype(np.uint16)[None]
 
     def val_block(self, text: str) -> Tokens:
-        """As train_block, with a second row: the source bytes of each token, 0 for BOS. -> (2, N)
-
-        Raises ValueError for a token of more than 65535 bytes.
-        """
+        """As train_block, with a second row: the source bytes that each token gives back, 0 for BOS. -> (2, N)"""
         ids, n_bytes = self.tokenizer.encode_with_bytes(text)
-        if n_bytes.max(initial=0) > 0xFFFF:
-            raise ValueError(
-                f"the val document that begins with {text[:40]!r} has a token that stands for {n_bytes.max()} bytes, "
-                "more than the 65535 of uint16: shorten its runs of blanks"
-            )
         if not ids.size:
             return np.zeros((2, 0), np.uint16)
 
+        # The counts fit uint16, because SentencePiece loads no model with a piece of 8,192 bytes or more.
         bos = np.array([[self.tokenizer.sp.bos_id()], [0]], np.uint16)
         return np.concatenate([bos, np.stack([ids, n_bytes.astype(np.uint16)])], axis=1)
 
-    def decodes_to(self, text: str, block: Tokens) -> bool:
+    def gives_back(self, text: str, block: Tokens) -> bool:
+        """Whether the tokens of a val block decode to the text, and not only by the luck of an unknown piece."""
+        if int(block[1].sum(dtype=np.int64)) != len(text.encode()):
+            return False
         try:
             return self.tokenizer.decode(block[0, 1:]) == text
         except ValueError:
@@ -297,6 +304,7 @@ class Split(NamedTuple):
 def build_split(folder: Path, documents: Iterable[str], encoder: Encoder, shard_tokens: int, workers: int) -> Split:
     """Encode the documents of one split and write its shards. Raises ValueError if none of them has text."""
     counts = Counts()
+    n_given_back = 0
     lossless = True
     text_hash = hashlib.sha256()
     writer = ShardWriter(folder, encoder.split, shard_tokens)
@@ -307,14 +315,22 @@ def build_split(folder: Path, documents: Iterable[str], encoder: Encoder, shard_
         lossless = lossless and encoded.lossless
         for i in encoded.kept:
             text_hash.update(framed(texts[i]))
+        n_given_back += int(encoded.tokens[1:].sum(dtype=np.int64))
         writer.add(encoded.tokens)
     writer.finish()
 
+    if not counts.documents and counts.overlap_documents:
+        raise ValueError(
+            f"the validation split holds all {counts.overlap_documents} documents of the train split: name other files "
+            "or a smaller --val-docs"
+        )
     if not counts.documents:
         raise ValueError(
             f"the {encoder.split} split has no document with text: name other files or a smaller --val-docs"
         )
     entry = {**dataclasses.asdict(counts), "text_sha256": text_hash.hexdigest(), "files": writer.files}
+    if encoder.split == "val":
+        entry["bytes_given_back"] = n_given_back
     return Split(entry, lossless)
 
 
@@ -335,8 +351,8 @@ def check_files(folder: Path, files: dict[str, str]) -> list[str]:
 def count_split(folder: Path, names: list[str], tokenizer: Tokenizer | None, lossless: bool) -> dict[str, Any]:
     """The figures of a split that its files tell, under their names in the manifest.
 
-    These are documents and tokens; where there are sidecars also bytes, and the identity of the text if the tokenizer
-    is lossless, so that the tokens can be decoded.
+    These are documents and tokens, and where there are sidecars the bytes that the tokens give back. If the tokenizer
+    is lossless, those are the bytes of the text, whose identity follows from the decoded tokens.
     """
     shards = [read_shard(folder / name) for name in names if "_bytes_" not in name]
     sidecars = [read_shard(folder / name) for name in names if "_bytes_" in name]
@@ -354,7 +370,8 @@ def count_split(folder: Path, names: list[str], tokenizer: Tokenizer | None, los
 
     if [sidecar.size for sidecar in sidecars] != [shard.size for shard in shards]:
         raise ValueError(f"{folder} has byte sidecars that do not fit its shards")
-    found["bytes"] = sum(int(sidecar.sum(dtype=np.int64)) for sidecar in sidecars)
+    key = "bytes" if lossless else "bytes_given_back"
+    found[key] = sum(int(sidecar.sum(dtype=np.int64)) for sidecar in sidecars)
 
     if tokenizer and lossless:
         ids = np.concatenate(shards)
@@ -380,8 +397,13 @@ def check(folder: Path) -> list[str]:
         model_name = str(manifest["tokenizer"]["file"])
         model_sha256 = manifest["tokenizer"]["sha256"]
         lossless = manifest["tokenizer"]["lossless"] is True
+        loses_bytes = manifest["tokenizer"]["lossless"] is False and manifest.get("tool") == "data/build_shards.py"
+        bytes_rule = manifest.get("bytes_rule")
     except (ValueError, KeyError, TypeError):
         return [f"{path} is not a manifest of data/build_shards.py: export the data again"]
+
+    if loses_bytes and bytes_rule != BYTES_RULE:
+        return [f"{path} is of an older version, which counted bytes that its tokenizer loses: export the data again"]
 
     model_path = folder.absolute().parent.parent / "tokenizers" / model_name
     faults = check_files(model_path.parent, {model_name: model_sha256})
@@ -398,7 +420,8 @@ def check(folder: Path) -> list[str]:
     for split, figures in splits.items():
         found = count_split(folder, sorted(figures["files"]), tokenizer, lossless)
         for key, value in found.items():
-            if figures[key] not in (value, "unknown"):
+            # The manifests of older versions and of data/download.py do not have every figure.
+            if figures.get(key, "unknown") not in (value, "unknown"):
                 faults.append(f"{folder} has in its {split} split {key} {value}, but its manifest says {figures[key]}")
     return faults
 
@@ -428,10 +451,10 @@ def train_model(corpus: Corpus, held_out: set[bytes], args: argparse.Namespace) 
     return train_tokenizer(sample_documents(train, TOKENIZER_TEXT_CHARS), args.vocab_size, args.caseops)
 
 
-def place_tokenizer(
+def choose_tokenizer(
     corpus: Corpus, held_out: set[bytes], args: argparse.Namespace, name: str, given: Tokenizer | None
 ) -> Tokenizer:
-    """Write the given tokenizer, or else a newly trained one, to the folder of tokenizers."""
+    """The given tokenizer, or else a newly trained one, with its path in the folder of tokenizers."""
     folder = args.out / "tokenizers"
     if given:
         model = given.model
@@ -444,23 +467,60 @@ def place_tokenizer(
         stem = re.sub(r"_sp[0-9]+(?=_|$)", "", name)
         path = folder / f"{stem}_{args.vocab_size}_bpe.model"
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (path.exists() and path.read_bytes() == model):
-        write_whole(path, model)
     return Tokenizer(model, path)
+
+
+def require_space(folder: Path) -> None:
+    """Raise OSError if nothing can be written to a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        # Permissions do not tell whether a disk is full, or mounted read-only.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(LEAST_FREE_BYTES))
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
+
+
+def replace_export(unfinished: Path, folder: Path) -> None:
+    """Move the files of a complete export to the folder of its data set, in place of those of an earlier one.
+
+    The manifest goes first and comes last, so that the folder never has one for other files.
+    """
+    # A killed export of an older version has left parts of files.
+    for stale in [folder / "manifest.json", *folder.glob("fineweb_*.bin"), *folder.glob(".*.tmp")]:
+        stale.unlink(missing_ok=True)
+    for file in sorted(unfinished.glob("fineweb_*.bin")):
+        os.replace(file, folder / file.name)
+    os.replace(unfinished / "manifest.json", folder / "manifest.json")
 
 
 def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer | None) -> None:
     """Write the tokenizer, the shards and the manifest of one data set, and print a summary."""
-    held_out = {fingerprint(text) for text in corpus.val()}
-    tokenizer = place_tokenizer(corpus, held_out, args, name, given)
-
     folder = args.out / "datasets" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # An earlier export may have had more shards, and a killed one leaves a half-written file.
-    for stale in [folder / "manifest.json", *folder.glob("fineweb_*.bin"), *folder.glob(".*.tmp")]:
-        stale.unlink(missing_ok=True)
+    held_out = {fingerprint(text) for text in corpus.val()}
+    tokenizer = choose_tokenizer(corpus, held_out, args, name, given)
 
+    unfinished = folder / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        manifest = write_export(unfinished, corpus, held_out, tokenizer, name, args)
+        if not (tokenizer.path.exists() and tokenizer.path.read_bytes() == tokenizer.model):
+            tokenizer.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(tokenizer.path, tokenizer.model)
+        replace_export(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    print_summary(manifest, tokenizer.path, folder)
+
+
+def write_export(
+    folder: Path, corpus: Corpus, held_out: set[bytes], tokenizer: Tokenizer, name: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Write the shards and the manifest of the data set `name` to a folder. -> the manifest"""
     train_encoder = Encoder(tokenizer, "train", held_out)
     val_encoder = Encoder(tokenizer, "val", set())
     train = build_split(folder, corpus.train(), train_encoder, args.shard_tokens, args.workers)
@@ -474,6 +534,7 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
         "licence": corpus.licence,
         "tool": "data/build_shards.py",
         "tool_version": TOOL_VERSION,
+        "bytes_rule": BYTES_RULE,
         "sentencepiece_version": spm.__version__,
         "val_docs": val.entry["documents"] + val.entry["dropped_documents"] + val.entry["overlap_documents"],
         "tokenizer": {
@@ -487,7 +548,7 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
         "splits": {"train": train.entry, "val": val.entry},
     }
     write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    print_summary(manifest, tokenizer.path, folder)
+    return manifest
 
 
 def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
@@ -503,6 +564,12 @@ def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
     print(
         f"tokenizer: {model}, {tokenizer['vocab_size']} pieces, {lossless} on val, transform {tokenizer['transform']}"
     )
+    val = manifest["splits"]["val"]
+    if val["bytes_given_back"] < val["bytes"]:
+        share = val["bytes_given_back"] / val["bytes"]
+        print(
+            f"  its tokens give back {val['bytes_given_back']} bytes of val ({share:.2%}), and only these are counted"
+        )
     print(f"dataset: {folder}")
 
 
@@ -593,9 +660,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.check} is what its manifest says")
         else:
             check_arguments(args)
-            # Read the tokenizer first: if it is bad, that should be known before the work on the documents.
+            name = args.name or default_name(args)
+            # What is wrong with the folders or the tokenizer should be known before the work on the documents.
+            require_space(args.out / "datasets" / name)
+            require_space(args.out / "tokenizers")
             given = given_tokenizer(args)
-            build(find_corpus(args), args, args.name or default_name(args), given)
+            build(find_corpus(args), args, name, given)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

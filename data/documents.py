@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import importlib
-import io
 import json
 import platform
 import re
 import sysconfig
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
@@ -19,6 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 # The validation split of the embedded corpus holds this share of its bytes.
 VAL_SHARE = 0.08
+# The begin of some UTF-8 files, which is not part of their text.
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A compressed chunk that becomes a few megabytes of text at most, where the text is not made to be small.
+ZST_READ_BYTES = 1 << 16
 # Shorter docstrings are labels, not prose.
 MIN_DOCSTRING_CHARS = 20
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
@@ -72,21 +77,79 @@ def file_digest(path: Path) -> str:
 # --- Files ---
 
 
+class Format(NamedTuple):
+    """How a kind of file begins, what it is called, and how to make one that can be read."""
+
+    begin: bytes
+    name: str
+    remedy: str
+
+
+FORMATS = (
+    Format(b"\x1f\x8b", "gzip data", "rename it to end in .jsonl.gz"),
+    Format(b"\x28\xb5\x2f\xfd", "zstandard data", "rename it to end in .jsonl.zst"),
+    Format(b"PAR1", "a parquet file", "rename it to end in .parquet"),
+    Format(b"PK\x03\x04", "a zip archive", "unpack it first"),
+    Format(b"\xff\xfe", "UTF-16 text", "convert it with iconv -f UTF-16 -t UTF-8"),
+    Format(b"\xfe\xff", "UTF-16 text", "convert it with iconv -f UTF-16 -t UTF-8"),
+)
+
+
+def reject_other_formats(path: Path, first_bytes: bytes) -> None:
+    """Raise ValueError if a text begins like a file of another kind."""
+    for known in FORMATS:
+        if first_bytes.startswith(known.begin):
+            raise ValueError(f"{path} holds {known.name}, not what its name says: {known.remedy}")
+    if b"\0" in first_bytes[:2]:
+        raise ValueError(f"{path} looks like UTF-16 text, not UTF-8: convert it with iconv -f UTF-16LE -t UTF-8")
+    if first_bytes.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[") and ".jsonl" in path.suffixes:
+        raise ValueError(f"{path} holds a JSON array: write one object per line, for example with jq -c '.[]'")
+
+
 def jsonl_texts(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, text) of each line that is not blank."""
     with path.open("rb") as file:
-        lines = zst_lines(path, file) if path.suffix == ".zst" else file
+        if path.suffix == ".zst":
+            lines = zst_lines(path, file)
+        elif path.suffix == ".gz":
+            lines = gz_lines(path, file)
+        else:
+            lines = file
+
+        is_first = True
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} line {number} is not UTF-8 (byte {error.start}): convert it first") from None
-            except (ValueError, RecursionError):
-                raise ValueError(f"{path} line {number} is not JSON: write one object per line") from None
-            text = row.get("text") if isinstance(row, dict) else None
-            yield f"{path} line {number}", text
+            if is_first:
+                reject_other_formats(path, line)
+                is_first = False
+            yield f"{path} line {number}", jsonl_text(f"{path} line {number}", line)
+
+
+def jsonl_text(place: str, line: bytes) -> Any:
+    """What a line has under `text`, or None. Raises ValueError, naming the place, for a line that is not JSON."""
+    try:
+        # Whole numbers of more than 4,300 digits would be an error, and we need no number.
+        row = json.loads(line.decode("utf-8-sig"), parse_int=float)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 (byte {error.start}): convert it first") from None
+    except (ValueError, RecursionError):
+        if not line.endswith(b"\n"):
+            raise ValueError(f"{place} is not JSON and is the last: the file may be cut off, fetch it again") from None
+        raise ValueError(f"{place} is not JSON: write one object per line") from None
+    return row.get("text") if isinstance(row, dict) else None
+
+
+def gz_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    if path.stat().st_size == 0:
+        # The module takes no bytes for no text.
+        raise ValueError(f"{path} is empty, which no gzip file is: fetch it again")
+    try:
+        yield from gzip.GzipFile(fileobj=file)
+    except EOFError:
+        raise ValueError(f"{path} is cut off: fetch it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not gzip data ({error}): fetch it again") from None
 
 
 def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -95,11 +158,40 @@ def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     except ImportError:
         raise ValueError(f"{path} needs the zstandard package: pip install zstandard") from None
     try:
-        # Parallel compressors write one frame after the other; without the option only the first would be read.
-        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        yield from io.BufferedReader(stream)
+        yield from lines_of(zst_chunks(path, file, zstandard.ZstdDecompressor()))
     except zstandard.ZstdError as error:
         raise ValueError(f"{path} is not zstandard data ({error}): fetch it again") from None
+
+
+def zst_chunks(path: Path, file: BinaryIO, decompressor: Any) -> Iterator[bytes]:
+    """The content of all frames. Raises ValueError if the file ends inside of one.
+
+    Parallel compressors write many frames. The stream reader of the package takes the end of the file for the end of
+    the frame.
+    """
+    frame = decompressor.decompressobj()
+    while compressed := file.read(ZST_READ_BYTES):
+        while compressed:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(compressed)
+            compressed = frame.unused_data
+    if not frame.eof:
+        raise ValueError(f"{path} is cut off: fetch it again")
+
+
+def lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a text that comes in chunks, each with its line end."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            yield b"".join([*begun, end, b"\n"])
+            begun = []
+        begun.append(rest)
+    last = b"".join(begun)
+    if last:
+        yield last
 
 
 def parquet_texts(path: Path) -> Iterator[tuple[str, Any]]:
@@ -109,31 +201,55 @@ def parquet_texts(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path} needs the pyarrow package: pip install pyarrow") from None
+
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+        check_text_column(path, table.schema_arrow, pyarrow.types)
+        for batch in table.iter_batches(columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                yield f"{path} row {row}", text
+                row += 1
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} has text behind row {row} that is not UTF-8: convert it first") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if is_parquet:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} is damaged or cut off behind row {row} ({reason}): fetch it again") from None
         raise ValueError(f"{path} is not a parquet file ({error}): fetch it again") from None
-    if "text" not in table.schema_arrow.names:
-        raise ValueError(f"{path} has no column `text` among {table.schema_arrow.names}: rename the one that holds it")
 
-    row = 0
-    for batch in table.iter_batches(columns=["text"]):
-        for text in batch.column(0).to_pylist():
-            yield f"{path} row {row}", text
-            row += 1
+
+def check_text_column(path: Path, schema: Any, types: Any) -> None:
+    """Raise ValueError if a parquet file has no column `text`, or if it holds bytes."""
+    if "text" not in schema.names:
+        raise ValueError(f"{path} has no column `text` among {schema.names}: rename the one that holds it")
+    kind = schema.field("text").type
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        raise ValueError(f"{path} has a column `text` of {kind}, not of string: cast it to string first")
 
 
 def txt_texts(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, text) of the whole file, which is one document."""
+    # read_text would rewrite the line ends.
+    content = path.read_bytes()
+    reject_other_formats(path, content[:100])
     try:
-        # read_text would rewrite the line ends.
-        text = path.read_bytes().decode()
+        # A byte order mark at the begin is not part of the text.
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
     yield str(path), text
 
 
-READERS = {".jsonl": jsonl_texts, ".jsonl.zst": jsonl_texts, ".parquet": parquet_texts, ".txt": txt_texts}
+READERS = {
+    ".jsonl": jsonl_texts,
+    ".jsonl.gz": jsonl_texts,
+    ".jsonl.zst": jsonl_texts,
+    ".parquet": parquet_texts,
+    ".txt": txt_texts,
+}
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
@@ -173,11 +289,17 @@ def file_corpus(
     """The first `max_docs` documents of `inputs`, or all of them if it is None.
 
     The validation split is the documents of `val`; if `val` is empty, the first `val_docs` documents of `inputs`.
+    Raises FileNotFoundError or ValueError for files that do not exist, have an unknown suffix, or are all in `val`.
     """
     files = [*inputs, *val]
     for path in files:
         # A wrong name should be an error now, not after an hour of work on the files before it.
         reader_of(path)
+    if val and {path.resolve() for path in inputs} <= {path.resolve() for path in val}:
+        raise ValueError(
+            f"--val names all files of --input, so that no document is left for training: leave --val out to hold out "
+            f"the first --val-docs={val_docs} documents, or name another file"
+        )
 
     def read_train() -> Iterator[str]:
         n_held_out = 0 if val else val_docs

@@ -26,13 +26,19 @@ SHARD_TOKENS = 100_000_000
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the file whole or not at all: even a killed run never leaves a part of it under its name."""
+    """Write the file whole or not at all: even a killed run never leaves a part of it under its name.
+
+    Raises OSError, naming the file, if it cannot be written.
+    """
     # The temporary file is in the same directory because os.replace cannot move a file to another disk.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.writelines(parts)
         os.replace(temporary, path)
+    except OSError as error:
+        # A full disk does not say which file it was.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece as spm
-from transforms import OPERATORS, SPACE_MARK, TRANSFORMS, Transform, source_offsets
+from model_file import (
+    MODEL_TYPES,
+    NORMALIZER,
+    PIECE,
+    PIECES,
+    SCORE,
+    TRAINER,
+    TYPE,
+    TYPE_BYTE,
+    TYPE_CONTROL,
+    TYPE_UNKNOWN,
+    TYPE_USER_DEFINED,
+    Model,
+    model_faults,
+    parse_model,
+    piece_bytes,
+    read_message,
+    rule_faults,
+    vocabulary_bytes,
+    write_message,
+)
+from transforms import NO_TEXT, OPERATORS, SPACE_MARK, TRANSFORMS, Transform, restored_characters, source_offsets
+
+# What other tools take from here. The last two tell what a tokenizer file may hold (model_file.py).
+__all__ = ["Tokenizer", "byte_model", "model_faults", "train_tokenizer", "vocabulary_bytes"]
 
 # U+2585 is how SentencePiece's trainer marks the unknown: it skips every text that holds one.
 UNTRAINABLE = OPERATORS + SPACE_MARK + "\u2585"
@@ -137,26 +160,6 @@ def train_published_tokenizer(documents: Iterable[str], vocab_size: int) -> byte
 
 
 # --- The model file ---
-# A SentencePiece model is one message in the format of protocol buffers (sentencepiece_model.proto). Its fields have
-# numbers instead of names; these are the ones that we need.
-
-# Fields of the model: its pieces, how it was trained, and how it changes text first.
-PIECES = 1
-TRAINER = 2
-NORMALIZER = 3
-
-# Fields of a piece.
-PIECE = 1
-SCORE = 2
-TYPE = 3
-
-# Types of a piece.
-TYPE_UNKNOWN = 2
-TYPE_CONTROL = 3
-TYPE_USER_DEFINED = 4
-TYPE_BYTE = 6
-
-MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 # What the manifest tells about a model: (part, field) -> (name, default where the model does not say).
 # A model that rewrites characters has compiled rules in that field.
@@ -174,78 +177,21 @@ SETTINGS: dict[tuple[int, int], tuple[str, Any]] = {
 }
 
 
-def read_message(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field, value) pairs of a protocol buffer message, in order.
-
-    A value is an int, a float, or bytes: those of a text or of a message inside this one. Doubles stay raw bytes too,
-    since we need none.
-    """
-    position = 0
-
-    def read_varint() -> int:
-        """Seven bits per byte, lowest first; the top bit is set in all bytes but the last."""
-        nonlocal position
-        value = 0
-        shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    def read_bytes(size: int) -> bytes:
-        nonlocal position
-        position += size
-        return message[position - size : position]
-
-    while position < len(message):
-        key = read_varint()
-        field = key >> 3
-        wire_type = key & 7
-        if wire_type == 0:
-            yield field, read_varint()
-        elif wire_type == 1:
-            yield field, read_bytes(8)
-        elif wire_type == 5:
-            yield field, struct.unpack("<f", read_bytes(4))[0]
-        else:
-            yield field, read_bytes(read_varint())
-
-
-def write_message(fields: Iterable[tuple[int, Any]]) -> bytes:
-    """The inverse of read_message, for messages without doubles."""
-
-    def varint(value: int) -> bytes:
-        if value <= 0x7F:
-            return bytes([value])
-        return bytes([value & 0x7F | 0x80]) + varint(value >> 7)
-
-    def write(field: int, value: Any) -> bytes:
-        if isinstance(value, bytes):
-            return varint(field << 3 | 2) + varint(len(value)) + value
-        if isinstance(value, float):
-            return varint(field << 3 | 5) + struct.pack("<f", value)
-        return varint(field << 3) + varint(value)
-
-    return b"".join(write(field, value) for field, value in fields)
-
-
 def model_settings(model: bytes) -> dict[str, Any]:
-    """How a model was trained and how it changes text, under the names of the trainer's options."""
-    parts = dict(read_message(model))  # the pieces overwrite each other here, but the two parts occur once
-    values = {}
-    for part in (TRAINER, NORMALIZER):
-        for field, value in read_message(parts.get(part, b"")):
-            values[part, field] = value
+    """How a model was trained and how it changes text, under the names of the trainer's options.
+
+    Raises ValueError for a file that is not a model.
+    """
+    parsed = parse_model(model)
+    parts = {TRAINER: parsed.trainer, NORMALIZER: parsed.normalizer}
 
     settings = {}
-    for key, (name, default) in SETTINGS.items():
+    for (part, field), (name, default) in SETTINGS.items():
+        [value] = parts[part].get(field, [default])
         as_its_type = type(default)
-        settings[name] = as_its_type(values.get(key, default))
+        settings[name] = as_its_type(value)
     settings["model_type"] = MODEL_TYPES[settings["model_type"]]
-    settings["normalization"] = settings["normalization"].decode() or "none"
+    settings["normalization"] = settings["normalization"].decode(errors="replace") or "none"
     settings["character_coverage"] = round(settings["character_coverage"], 6)
     return settings
 
@@ -344,40 +290,54 @@ class Tokenizer:
         self.model = model
         self.path = path
         try:
-            # Given an empty model, SentencePiece would load nothing and say nothing.
-            self.sp = spm.SentencePieceProcessor(model_proto=model or b"\0")
-        except RuntimeError:
-            raise ValueError(f"{path} is not a SentencePiece model: pass the .model file of one") from None
+            parsed = parse_model(model)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a SentencePiece model ({error}): pass the .model file of one") from None
+        # Without rules of its own, a tokenizer decodes each token to the characters of its piece.
+        faults = rule_faults(parsed)
+        if faults:
+            raise ValueError(f"{path} cannot be used: {faults[0]}")
+        try:
+            self.sp = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            reason = str(error).rsplit("] ", 1)[-1].strip()
+            raise ValueError(f"{path} is not a SentencePiece model ({reason}): pass the .model file of one") from None
 
-        size = self.sp.get_piece_size()
         if not hasattr(self.sp, "EncodeAsOffsetMapping"):
             raise ValueError(f"sentencepiece {spm.__version__} is too old: pip install 'sentencepiece>=0.2.2'")
-        if self.sp.bos_id() < 0:
-            raise ValueError(f"{path} has no BOS piece, which must open each document: train it with bos_id=1")
-        if size > 0x10000:
-            raise ValueError(f"{path} has {size} pieces, but shards are uint16: use at most 65536")
+        self.require_bos(parsed)
 
         self.settings = model_settings(model)
-        self.is_byte = np.array([self.sp.is_byte(i) for i in range(size)])
+        self.is_unknown = np.array([piece.type == TYPE_UNKNOWN for piece in parsed.pieces])
+        self.is_byte = np.array([piece.type == TYPE_BYTE for piece in parsed.pieces])
+        self.piece_bytes = piece_bytes(parsed)
+        self.piece_sizes = np.array([len(decoded) for decoded in self.piece_bytes])
         self.normalizes = (
             self.settings["rewrites_characters"]
             or self.settings["add_dummy_prefix"]
             or self.settings["remove_extra_whitespaces"]
         )
-        self.transform = self.find_transform()
+        self.transform = self.find_transform(parsed)
         self.word_cache = self.make_word_cache()
 
     def __reduce__(self) -> tuple[type, tuple[bytes, Path]]:
         """A worker process gets the model alone and builds the rest from it: the cache cannot be pickled."""
         return Tokenizer, (self.model, self.path)
 
-    def find_transform(self) -> Transform:
-        user_defined = set()
-        for field, value in read_message(self.model):
-            if field == PIECES:
-                piece = dict(read_message(value))
-                if piece.get(TYPE) == TYPE_USER_DEFINED:
-                    user_defined.add(piece[PIECE].decode())
+    def require_bos(self, parsed: Model) -> None:
+        """Raise ValueError if no piece can open a document: the BOS must be a control piece, which no text contains."""
+        if self.sp.bos_id() >= 0:
+            return
+        kinds = {piece.text: piece.type for piece in parsed.pieces}
+        if kinds.get("<s>", TYPE_CONTROL) != TYPE_CONTROL:
+            raise ValueError(
+                f"{self.path} has <s> as a piece of text, so that it is no BOS: "
+                "train it without <s> in user_defined_symbols"
+            )
+        raise ValueError(f"{self.path} has no BOS piece, which must open each document: train it with bos_id=1")
+
+    def find_transform(self, parsed: Model) -> Transform:
+        user_defined = {piece.text for piece in parsed.pieces if piece.type == TYPE_USER_DEFINED}
         if user_defined.issuperset(OPERATORS):
             return TRANSFORMS["caseops"]
 
@@ -393,6 +353,9 @@ class Tokenizer:
             return None
         if not self.normalizes and self.transform.name == "none" and self.settings["escape_whitespaces"]:
             # Such a model takes a U+2581 in the text for a space, where the patterns do not cut.
+            return None
+        if self.normalizes and not self.settings["escape_whitespaces"]:
+            # The copy that does not normalize would write a space as U+2581.
             return None
 
         pieces = []
@@ -425,54 +388,119 @@ class Tokenizer:
         return self.transform.decode(self.sp.decode(ids.tolist()))
 
     def encode_with_bytes(self, text: str) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Token ids without BOS, and how many bytes of the UTF-8 source each one stands for; they add up to the source.
+        """Token ids without BOS, and how many bytes of the UTF-8 source each one gives back.
 
-        A token stands for all bytes from its begin to the begin of the next one; the first one also for what is before
-        it. So bytes that a tokenizer folds or drops count for a token beside them. If a character is spelt in byte
-        tokens, each of these stands for one byte, as long as the source has one left for it.
+        A text that decodes to itself counts with all its bytes: a token with those of its piece, an operator of the
+        transform with none.
+
+        Of any other text, only what decoding gives back is counted. The text is cut where tokens begin in it, and so is
+        the decoded text; tokens that begin at the same place belong together, such as the bytes of a character. What a
+        part of the text and the same part of the decoded text have in common (the longest common subsequence of their
+        characters) counts for the last token of the part. An unknown piece gives nothing back, nor does the blank that
+        a tokenizer puts in front of a text. So the bytes of a document are never more than those that it has in common
+        with what its tokens decode to.
+
+        Raises ValueError for a tokenizer that decodes tokens to other text than that of their pieces.
         """
-        raw = self.transform.encode(text).encode()
-        # SentencePiece counts offsets in bytes if it gets bytes.
-        mapping = self.sp.encode(raw, out_type="offset_mapping")
-        ids = np.array(mapping["ids"], dtype=np.uint16)
+        ids = self.encode(text)
         if not ids.size:
             return ids, np.zeros(0, dtype=np.int64)
 
-        begins = np.array([begin for begin, _ in mapping["offsets"]], dtype=np.int64)
-        assert (np.diff(begins) >= 0).all(), "SentencePiece must give its tokens in the order of the text"
+        pieces = b"".join(map(self.piece_bytes.__getitem__, ids.tolist()))
+        n_added = self.added_blanks(ids, pieces)
+        written = self.transform.encode(text)
+        raw = written.encode()
+        ends = (np.cumsum(self.piece_sizes[ids]) - n_added).clip(0)
 
-        # The byte tokens of one character all begin where the character begins. Move the second one on by one byte, the
-        # third one by two, and so on, but none beyond the begin of the next character: normalization may have made
-        # more bytes of this one than the source has.
-        n_before_at_same_place = np.arange(ids.size) - np.searchsorted(begins, begins)
-        next_begin = np.append(begins, len(raw))[np.searchsorted(begins, begins, side="right")]
-        moved = np.where(self.is_byte[ids], begins + n_before_at_same_place, begins)
-        begins = np.maximum.accumulate(np.minimum(moved, next_begin))
+        if pieces[n_added:] == raw and not self.is_unknown[ids].any():
+            bounds = np.concatenate([[0], ends])
+            return ids, np.diff(source_offsets(self.transform, raw)[bounds])
+        return ids, self.bytes_given_back(written, ids, pieces[n_added:], ends)
 
-        bounds = np.concatenate([[0], begins[1:], [len(raw)]])
-        return ids, np.diff(source_offsets(self.transform, raw)[bounds])
+    def added_blanks(self, ids: Tokens, pieces: bytes) -> int:
+        """How many blanks at the begin of the joined pieces are not part of the decoded text."""
+        decoded = self.sp.decode(ids.tolist()).encode()
+        n_added = len(pieces) - len(decoded)
+        if pieces != b" " * n_added + decoded:
+            raise ValueError(f"{self.path} decodes tokens to other text than that of their pieces: train it again")
+        return n_added
+
+    def bytes_given_back(
+        self, written: str, ids: Tokens, decoded: bytes, ends: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """The bytes of each token of a text that is not decoded to itself (see encode_with_bytes).
+
+        written  the text after the transform
+        decoded  what the tokens decode to, before the transform is undone; token i ends there at byte ends[i]
+        """
+        n_bytes = [0] * ids.size
+        try:
+            decoded_chars = restored_characters(self.transform, decoded.decode())
+        except ValueError:
+            # An operator was lost or added, so that nothing comes back.
+            return np.array(n_bytes)
+        source_chars = restored_characters(self.transform, written)
+
+        # Places in the decoded text are counted in characters from here on, as SentencePiece counts those of a text.
+        is_first_byte = np.frombuffer(decoded, np.uint8) & 0xC0 != 0x80
+        decoded_ends = np.concatenate([[0], np.cumsum(is_first_byte)])[ends].tolist()
+        known_chars = list(decoded_chars)
+        for i in np.flatnonzero(self.is_unknown[ids]).tolist():
+            begin = decoded_ends[i - 1] if i else 0
+            known_chars[begin : decoded_ends[i]] = NO_TEXT * (decoded_ends[i] - begin)
+        decoded_chars = "".join(known_chars)
+
+        begins = [begin for begin, _ in self.sp.encode(written, out_type="offset_mapping")["offsets"]]
+        assert len(begins) == ids.size, "the cache of words must give the tokens of SentencePiece"
+        source_begin = 0
+        decoded_begin = 0
+        for i, source_end in enumerate([*begins[1:], len(source_chars)]):
+            is_last = i + 1 == ids.size
+            if begins[i] == source_end and not is_last:
+                # The next token begins at the same place.
+                continue
+            source = source_chars[source_begin:source_end]
+            n_bytes[i] = common_bytes(source, decoded_chars[decoded_begin : decoded_ends[i]])
+            source_begin = source_end
+            decoded_begin = decoded_ends[i]
+        return np.array(n_bytes)
 
 
-# --- What a model file may hold ---
-
-# Characters: SentencePiece's default for the longest piece that it trains.
-LONGEST_PIECE = 16
-
-
-def model_pieces(model: bytes) -> list[str]:
-    """The pieces of a model that stand for text."""
-    sp = spm.SentencePieceProcessor(model_proto=model)
-    return [sp.id_to_piece(i) for i in range(sp.get_piece_size()) if not sp.is_byte(i) and not sp.is_control(i)]
+def first_difference(a: str, b: str) -> int:
+    """How many characters at the begin of two texts are the same."""
+    for i, (char, other) in enumerate(zip(a, b, strict=False)):
+        if char != other:
+            return i
+    return min(len(a), len(b))
 
 
-def model_faults(model: bytes) -> list[str]:
-    """Why a model could hold more of a text than a tokenizer needs to; empty if it could not."""
-    longest = max(map(len, model_pieces(model)))
-    if longest > LONGEST_PIECE:
-        return [f"its longest piece has {longest} characters, at most {LONGEST_PIECE} are allowed"]
-    return []
+def common_bytes(a: str, b: str) -> int:
+    """The UTF-8 bytes that two texts have in common: those of the longest subsequence of characters, in bytes."""
+    if a == b and a.isascii():
+        return len(a)
+    a = a.replace(NO_TEXT, "")
+    b = b.replace(NO_TEXT, "")
+    if a == b:
+        return len(a.encode())
 
+    # Most of the time only one end differs: equal characters at an end belong to a longest common subsequence.
+    n_first = first_difference(a, b)
+    n_last = first_difference(a[n_first:][::-1], b[n_first:][::-1])
+    n_bytes = len(a[:n_first].encode()) + len(a[len(a) - n_last :].encode())
 
-def vocabulary_bytes(model: bytes) -> int:
-    """The bytes of all pieces that stand for text."""
-    return sum(len(piece.encode()) for piece in model_pieces(model))
+    # The rest by dynamic programming: best[j] is the answer for the characters of `a` so far and the first j of `b`.
+    rest_a = a[n_first : len(a) - n_last]
+    rest_b = b[n_first : len(b) - n_last]
+    shared = set(rest_a) & set(rest_b)
+    other_chars = [char for char in rest_b if char in shared]
+    best = [0] * (len(other_chars) + 1)
+    for char in rest_a:
+        if char not in shared:
+            continue
+        size = len(char.encode())
+        before = 0
+        for j, other in enumerate(other_chars, start=1):
+            above = best[j]
+            best[j] = before + size if char == other else max(above, best[j - 1])
+            before = above
+    return n_bytes + best[-1]

@@ -28,7 +28,11 @@ import numpy.typing as npt
 SPACE_MARK = "\u2581"  # SentencePiece's spelling of a space
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 OPERATORS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
+# Half a surrogate pair, which no text contains.
+NO_TEXT = "\ud800"
 
+# For `none`: no text at all.
+NOTHING = re.compile("(?!)")
 # For `escape`: an escape with the character behind it, or a stray one.
 ESCAPED = re.compile(f"{ESCAPE}([{ESCAPE}s])|{ESCAPE}")
 # For `caseops`: a whole run of letters that holds a capital, or a character to escape.
@@ -42,12 +46,14 @@ class Transform(NamedTuple):
 
     decode     undoes `encode`; raises ValueError for an operator with nothing to act on, which `encode` never writes
     operators  the characters that `encode` adds and that stand for no source text
+    operated   matches an operator together with the characters that it acts on
     """
 
     name: str
     encode: Callable[[str], str]
     decode: Callable[[str], str]
     operators: str
+    operated: re.Pattern[str]
 
 
 def escape(text: str) -> str:
@@ -100,9 +106,9 @@ def restore_case(text: str) -> str:
 TRANSFORMS = {
     transform.name: transform
     for transform in (
-        Transform("none", str, str, ""),
-        Transform("escape", escape, unescape, ESCAPE),
-        Transform("caseops", lower_case, restore_case, OPERATORS),
+        Transform("none", str, str, "", NOTHING),
+        Transform("escape", escape, unescape, ESCAPE, ESCAPED),
+        Transform("caseops", lower_case, restore_case, OPERATORS, OPERATED),
     )
 }
 
@@ -122,3 +128,11 @@ def source_offsets(transform: Transform, raw: bytes) -> npt.NDArray[np.int64]:
             if match[1] == b"s":
                 widths[match.end() - 1] = len(SPACE_MARK.encode())
     return np.concatenate([[0], np.cumsum(widths)])
+
+
+def restored_characters(transform: Transform, written: str) -> str:
+    """What each character of a transformed text stands for: a character of the source, or NO_TEXT for an operator.
+
+    Without NO_TEXT it is what `transform.decode` gives. Raises ValueError where that does.
+    """
+    return transform.operated.sub(lambda match: NO_TEXT + transform.decode(match[0]), written)

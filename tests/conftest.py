@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -187,7 +188,23 @@ def lossless_tokenizer(train_tokenizer, documents) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
+def val_manifest() -> Callable[[Path, Path], dict[str, Any]]:
+    """A function that returns what train_gpt.py reads in the manifest of the shards in a folder."""
+
+    def describe(folder: Path, tokenizer: Path) -> dict[str, Any]:
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("fineweb_val_*.bin")}
+        return {
+            "tool": "data/build_shards.py",
+            "bytes_rule": "decoded",
+            "splits": {"val": {"files": files, "text_sha256": "a" * 64}},
+            "tokenizer": {"sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(), "lossless": True},
+        }
+
+    return describe
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, lossless_tokenizer, documents, val_manifest) -> Data:
     """Train split in two shards whose edge cuts a sequence and a document; val split with a byte sidecar."""
     folder = tmp_path_factory.mktemp("data")
     sp = spm.SentencePieceProcessor(model_proto=lossless_tokenizer)
@@ -217,6 +234,7 @@ def data(tmp_path_factory, lossless_tokenizer, documents) -> Data:
 
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(lossless_tokenizer)
+    (folder / "manifest.json").write_text(json.dumps(val_manifest(folder, tokenizer)))
     return Data(folder, tokenizer, train, val, val_bytes, documents[:20])
 
 

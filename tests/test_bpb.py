@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -422,16 +421,11 @@ def load(data, folder) -> Callable[..., tg.ValSplit]:
 
 
 @pytest.fixture
-def write_manifest(data, folder) -> Callable[..., None]:
+def write_manifest(data, folder, val_manifest) -> Callable[..., None]:
     """A function that writes the manifest of the files as they are, after a `change` to what it says."""
 
     def write(change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
-        files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("fineweb_val_*.bin")}
-        tokenizer_sha256 = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest()
-        manifest = {
-            "splits": {"val": {"files": files, "text_sha256": "a" * 64}},
-            "tokenizer": {"sha256": tokenizer_sha256, "lossless": True},
-        }
+        manifest = val_manifest(folder, data.tokenizer)
         change(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -450,18 +444,22 @@ def test_split_is_loaded_with_the_bytes_of_its_sidecar(load, data):
 
 
 def test_split_without_sidecar_counts_pieces(load, folder, data):
+    """Published shards have neither sidecar nor manifest."""
     (folder / "fineweb_val_bytes_000000.bin").unlink()
+    (folder / "manifest.json").unlink()
     split = load()
     assert split.identity["val_accounting"] == "pieces"
+    assert split.identity["val_text_sha256"] == split.identity["tokenizer_lossless"] == "unknown"
     sp = spm.SentencePieceProcessor(model_file=str(data.tokenizer))
     assert np.array_equal(split.bytes, tg.piece_bytes(sp, data.val))
 
 
-def test_identity_does_not_depend_on_how_the_split_is_cut_into_shards(load, folder, data):
+def test_identity_does_not_depend_on_how_the_split_is_cut_into_shards(load, folder, data, write_manifest):
     whole = load().identity
     for kind, values in (("", data.val), ("bytes_", data.val_bytes)):
         write_shard(folder / f"fineweb_val_{kind}000000.bin", values[:333])
         write_shard(folder / f"fineweb_val_{kind}000001.bin", values[333:])
+    write_manifest()
     assert load().identity == whole
 
 
@@ -493,11 +491,32 @@ def test_val_token_outside_the_vocabulary_is_named_with_file_and_offset(load, fo
         load()
 
 
-def test_manifest_adds_the_identity_of_the_text(load, write_manifest):
-    assert load().identity["val_text_sha256"] == "unknown"
-    write_manifest()
+def test_manifest_adds_the_identity_of_the_text(load):
     assert load().identity["val_text_sha256"] == "a" * 64
     assert load().identity["tokenizer_lossless"] is True
+
+
+def test_sidecar_without_manifest_is_an_unfinished_export(load, folder):
+    """The manifest is written last: whatever else is there may be a part of the text."""
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no manifest\.json.*not finished.*run data/build_shards\.py again"):
+        load()
+
+
+def older_and_lossy(manifest: dict[str, Any]) -> None:
+    manifest["tokenizer"]["lossless"] = False
+    del manifest["bytes_rule"]
+
+
+def test_lossy_sidecar_of_the_older_rule_is_refused(load, write_manifest):
+    """It counts bytes that the tokenizer loses. Where nothing is lost, both rules count the same."""
+    write_manifest(older_and_lossy)
+    with pytest.raises(ValueError, match=r"older data/build_shards\.py.*export the data again"):
+        load()
+    write_manifest(lambda manifest: manifest.pop("bytes_rule"))
+    assert load().identity["tokenizer_lossless"] is True
+    write_manifest(lambda manifest: manifest["tokenizer"].update(lossless=False))
+    assert load().identity["tokenizer_lossless"] is False
 
 
 @pytest.mark.parametrize("kind", ["", "bytes_"], ids=["tokens", "sidecar"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +34,7 @@ needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED
 SENTENCE = "the cat sat on a mat and then it ran off with 12 caf\u00e9s\n\n    to be: (well) seen again.\n"
 WORDS = SENTENCE.split(" ")
 DOCUMENTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 40)) + f" number {i}" for i in range(30)]
+LINE = b'{"text": "one line"}\n'
 BUILD = ["--vocab-size", "300", "--name", "toy"]
 
 
@@ -150,14 +153,78 @@ def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         list(build_shards.encode_in_order(encoder, DOCUMENTS, 2))
 
 
-def test_a_fault_in_a_worker_is_told_and_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_shards, "BATCH_CHARS", 200)
-    source = write_jsonl(tmp_path / "a.jsonl", ["Another text."])
-    val = write_jsonl(tmp_path / "val.jsonl", [*DOCUMENTS, "far" + " " * 70_000 + " off"])
-    arguments = ["--name", "toy", "--input", source, "--val", val, "--tokenizer", wide_tokenizer(tmp_path)]
-    message = message_of(*arguments, "--workers", "2", "--out", tmp_path)
-    assert re.search(r"begins with 'far .*stands for 7000[0-9] bytes.*shorten its runs of blanks", message)
-    assert not (tmp_path / "datasets" / "toy" / "manifest.json").exists()
+class Failing(build_shards.Encoder):
+    """Finds something wrong with a document."""
+
+    def __call__(self, texts: list[str]) -> build_shards.Encoded:
+        raise ValueError(f"a fault in {texts[0]!r}")
+
+
+def test_a_fault_in_a_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_shards, "BATCH_CHARS", 1)
+    encoder = Failing(tokenizer.Tokenizer(tokenizer.byte_model(), Path("byte260.model")), "train", set())
+    with pytest.raises(ValueError, match="a fault in 'first'"):
+        list(build_shards.encode_in_order(encoder, ["first", *DOCUMENTS], 2))
+
+
+@pytest.mark.parametrize("fault", ["a document", "the disk"])
+def test_a_failed_export_leaves_the_earlier_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Its shards, its manifest and its tokenizer, and nothing beside them."""
+    build(tmp_path, *BUILD, "--input", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), "--val-docs", "5")
+    before = read_folder(tmp_path / "datasets"), read_folder(tmp_path / "tokenizers")
+    # Other text, so that another tokenizer would be trained.
+    source = write_jsonl(tmp_path / "b.jsonl", [*map(str.upper, DOCUMENTS)])
+    if fault == "a document":
+        with source.open("a") as file:
+            file.write('{"text": 7}\n')
+        monkeypatch.setattr(build_shards, "train_model", lambda *_: train_tokenizer(DOCUMENTS, 299))
+        message = "b.jsonl line 31 has no string `text`"
+    else:
+        write = build_shards.write_shard
+
+        def write_or_fail(path: Path, tokens: np.ndarray) -> None:
+            if "val_bytes" in path.name:
+                raise OSError(28, "No space left on device", str(path))
+            write(path, tokens)
+
+        monkeypatch.setattr(build_shards, "write_shard", write_or_fail)
+        message = "No space left on device"
+    assert message in message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path)
+    assert (read_folder(tmp_path / "datasets"), read_folder(tmp_path / "tokenizers")) == before
+    assert build_shards.check(tmp_path / "datasets" / "toy") == []
+
+
+def test_a_failed_export_leaves_no_folder(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["the cat", "the cat"])
+    arguments = ["--name", "toy", "--tokenizer", "byte260", "--input", source, "--val-docs", "1", "--out", tmp_path]
+    assert "the validation split holds all 1 documents of the train split" in message_of(*arguments)
+    assert not (tmp_path / "datasets" / "toy").exists()
+    assert not (tmp_path / "tokenizers").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
+def test_an_output_folder_that_cannot_be_written_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_shards, "find_corpus", lambda _: pytest.fail("documents were read in vain"))
+    message = message_of("--name", "toy", "--out", "/proc/self")
+    assert re.fullmatch(r"/proc/self cannot be written \(.*\): choose another --out", message)
+
+
+def test_a_full_disk_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest file that this process may write stands in for the room on the disk."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(build_shards, "find_corpus", lambda _: pytest.fail("documents were read in vain"))
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        message = message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.fullmatch(rf"{tmp_path} cannot be written \(.*\): choose another --out", message)
 
 
 def test_a_validation_document_never_reaches_train_or_the_tokenizer(tmp_path: Path) -> None:
@@ -188,15 +255,89 @@ def test_every_suffix_gives_the_same_documents(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     texts = ["two\r\nlines", "caf\u00e9 \u2028 \U0001f642", ""]
     plain = write_jsonl(tmp_path / "a.jsonl", texts)
-    packed, table = tmp_path / "a.jsonl.zst", tmp_path / "a.parquet"
+    marked, packed, zipped, table = (tmp_path / f"a.{end}" for end in ("bom.jsonl", "jsonl.zst", "jsonl.gz", "parquet"))
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
     halves = plain.read_bytes().partition(b"\n")
-    packed.write_bytes(b"".join(zstandard.compress(half) for half in halves))  # several frames, as pzstd writes
+    # Several frames with a table of their places, which is what pzstd and others write.
+    packed.write_bytes(SKIPPABLE_FRAME + b"".join(zstandard.compress(half) for half in halves))
+    zipped.write_bytes(b"".join(gzip.compress(half) for half in halves))
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), table)
     txt = [tmp_path / f"{i}.txt" for i in range(3)]
     for path, text in zip(txt, texts, strict=True):
         path.write_bytes(text.encode())
-    for paths in ([plain], [packed], [table], txt):
+    txt[1].write_bytes(b"\xef\xbb\xbf" + txt[1].read_bytes())  # a byte order mark is no text
+    for paths in ([plain], [marked], [packed], [zipped], [table], txt):
         assert list(documents.read_documents(paths)) == texts
+
+
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+
+
+def packed_lines(kind: str) -> tuple[bytes, list[int]]:
+    """A compressed file of 300 documents, and the lengths at which it is whole."""
+    lines = [json.dumps({"text": f"document {i} of some words"}).encode() + b"\n" for i in range(300)]
+    parts = [b"".join(lines[i : i + 100]) for i in range(0, 300, 100)]
+    if kind == "gz":
+        packed = [gzip.compress(part) for part in parts]
+    elif kind == "zst frames":
+        packed = [pytest.importorskip("zstandard").compress(part) for part in parts]
+    else:
+        compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
+        packed = [compressor.compress(part) + compressor.flush(1) for part in parts] + [compressor.flush()]
+        return b"".join(packed), [sum(map(len, packed))]
+    return b"".join(packed), np.cumsum([len(part) for part in packed]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst frames", "zst blocks"])
+def test_a_compressed_file_that_is_cut_off_is_named(tmp_path: Path, kind: str) -> None:
+    """At any place but the end of a frame, where what is left is a whole file."""
+    content, whole = packed_lines(kind)
+    path = tmp_path / ("a.jsonl.gz" if kind == "gz" else "a.jsonl.zst")
+    for size in [1, 5, len(content) - 1, *range(13, len(content), 29)]:
+        if size in whole:
+            continue
+        path.write_bytes(content[:size])
+        # What is left may be too short to be known as gzip data.
+        fault = "is not gzip data" if size < 2 and kind == "gz" else "is cut off"
+        with pytest.raises(ValueError, match=rf"{path.name} {fault}.*: fetch it again"):
+            list(documents.read_documents([path]))
+    path.write_bytes(content)
+    assert len(list(documents.read_documents([path]))) == 300
+
+
+def test_a_parquet_file_that_is_damaged_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"document {i}" for i in range(300)]}), path, use_dictionary=False)
+    content = path.read_bytes()
+    for damaged in (content[:-9], content[:200], content[:40] + bytes(300) + content[340:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.parquet is damaged or cut off behind row \d+"):
+            list(documents.read_documents([path]))
+
+
+def test_parquet_text_that_is_no_text_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [b"some", b"bytes"]}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has a column `text` of binary.*cast it to string"):
+        list(documents.read_documents([path]))
+
+    buffers = pyarrow.array(["good", "bad?"]).buffers()
+    broken = pyarrow.py_buffer(buffers[2].to_pybytes().replace(b"?", b"\xff"))
+    column = pyarrow.StringArray.from_buffers(2, buffers[1], broken)
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has text behind row 0 that is not UTF-8: convert it first"):
+        list(documents.read_documents([path]))
+
+
+def test_a_number_of_any_length_is_no_fault_of_a_line(tmp_path: Path) -> None:
+    """Python would refuse to read one of more than 4,300 digits."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": ' + 5000 * b"7" + b', "text": "some text"}\n')
+    assert list(documents.read_documents([path])) == ["some text"]
 
 
 AWKWARD = [
@@ -217,7 +358,7 @@ AWKWARD = [
         (["--vocab-size", "300", "--published"], "none", False),
     ],
 )
-def test_the_sidecar_adds_up_to_the_documents_for_every_tokenizer(
+def test_the_sidecar_adds_up_to_what_comes_back_of_the_documents(
     tmp_path: Path, arguments: list[str], transform: str, lossless: bool
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*AWKWARD, *DOCUMENTS])
@@ -229,7 +370,15 @@ def test_the_sidecar_adds_up_to_the_documents_for_every_tokenizer(
     assert s["dropped_documents"] == 7 - len(texts)
     tokens, n_bytes = (read_split(tmp_path, f"fineweb_val_{kind}*.bin") for kind in ("0", "bytes_"))
     starts = np.flatnonzero(tokens == 1)
-    assert np.add.reduceat(n_bytes.astype(np.int64), starts).tolist() == [len(text.encode()) for text in texts]
+    counted = np.add.reduceat(n_bytes.astype(np.int64), starts).tolist()
+    sizes = [len(text.encode()) for text in texts]
+    if lossless:
+        assert counted == sizes
+    else:
+        assert all(n <= size for n, size in zip(counted, sizes, strict=True))
+        # Of each run of blanks in the documents one space comes back.
+        assert counted[-2:] == [len(" ".join(text.split()).encode()) for text in DOCUMENTS[:2]]
+    assert s["bytes_given_back"] == sum(counted)
     assert build_shards.check(tmp_path / "datasets" / "toy") == []
 
 
@@ -280,8 +429,8 @@ def test_a_line_of_5_mb_is_one_document(tmp_path: Path) -> None:
     assert manifest["splits"]["train"]["bytes"] == len(text) > 5_000_000
 
 
-def test_a_killed_export_has_no_manifest_no_workers_and_is_done_again(tmp_path: Path) -> None:
-    """kill -9 while shards are being written over those of an earlier export."""
+def test_a_killed_export_leaves_the_earlier_one_and_no_workers_and_is_done_again(tmp_path: Path) -> None:
+    """kill -9 while shards are being written."""
     source = write_jsonl(tmp_path / "a.jsonl", [text * 400 for text in DOCUMENTS for _ in range(20)])
     settings = ["--name", "toy", "--tokenizer", "byte260", "--val-docs", "5"]
     arguments = [*settings, "--shard-tokens", "20000", "--workers", "2", "--out", tmp_path]
@@ -291,7 +440,7 @@ def test_a_killed_export_has_no_manifest_no_workers_and_is_done_again(tmp_path: 
     command = [sys.executable, build_shards.__file__, *arguments, "--input", source]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (folder / "fineweb_train_000003.bin").exists():
+    while not (folder / ".unfinished" / "fineweb_train_000003.bin").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -299,8 +448,7 @@ def test_a_killed_export_has_no_manifest_no_workers_and_is_done_again(tmp_path: 
     assert len(workers) >= 2 or not Path("/proc").exists()
     process.kill()
     process.wait()
-    assert not (folder / "manifest.json").exists()
-    assert build_shards.check(folder) != []
+    assert build_shards.check(folder) == []
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -531,9 +679,29 @@ def message_of(*arguments: str | Path) -> str:
         ("a.jsonl", b'"text"\n', "a.jsonl line 1 has no string `text`"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl line 1 is not UTF-8 (byte 10)"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl line 1 holds half a surrogate pair"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b'{"a": ' * 100_000 + b"\n", "a.jsonl line 1 is not JSON: write one object per line"),
+        (
+            "a.jsonl",
+            b'{"text": "ok"}\n{"text": "c',
+            "a.jsonl line 2 is not JSON and is the last: the file may be cut off",
+        ),
+        ("a.jsonl", b'\xef\xbb\xbf [\n{"text": "ok"}]', "a.jsonl holds a JSON array: write one object per line"),
+        ("a.jsonl", b'[{"text": "ok"}]', "a.jsonl holds a JSON array: write one object per line"),
+        ("a.jsonl", gzip.compress(LINE), "a.jsonl holds gzip data, not what its name says: rename it to end in"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\n", "a.jsonl holds zstandard data, not what its name says: rename it to end in"),
+        ("a.jsonl", b"PAR1\n", "a.jsonl holds a parquet file, not what its name says: rename it to end in .parquet"),
+        ("a.jsonl", LINE.decode().encode("utf-16"), "a.jsonl holds UTF-16 text, not what its name says: convert it"),
+        ("a.jsonl", LINE.decode().encode("utf-16-le"), "a.jsonl looks like UTF-16 text, not UTF-8: convert it"),
+        ("a.jsonl.gz", gzip.compress(LINE.decode().encode("utf-16")), "a.jsonl.gz holds UTF-16 text"),
+        ("a.jsonl.gz", LINE, "a.jsonl.gz is not gzip data"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz is empty, which no gzip file is: fetch it again"),
+        ("a.jsonl.zst", gzip.compress(LINE), "a.jsonl.zst is not zstandard data"),
+        ("a.jsonl.zst", b"", "a.jsonl.zst is cut off: fetch it again"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8 (byte 3)"),
-        ("a.csv", b"text\n", "a.csv has an unknown suffix: use one of .jsonl, .jsonl.zst, .parquet, .txt"),
+        ("a.txt", "caf\xe9".encode("utf-16"), "a.txt holds UTF-16 text"),
+        ("a.txt", gzip.compress(LINE), "a.txt holds gzip data"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet is damaged or cut off behind row 0"),
+        ("a.csv", b"text\n", "a.csv has an unknown suffix: use one of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt"),
         ("a.zst", b"", "a.zst has an unknown suffix"),
         ("a.jsonl.zst", b"plain text", "a.jsonl.zst is not zstandard data"),
         ("a.parquet", b"plain text", "a.parquet is not a parquet file"),
@@ -549,6 +717,18 @@ def test_bad_documents_are_named(tmp_path: Path, name: str, content: bytes, mess
     arguments = ["--name", "toy", "--input", path, "--val-docs", "1", "--out", tmp_path]
     assert message in message_of(*arguments)
     assert not (tmp_path / "datasets").exists()
+
+
+def test_validation_files_that_are_all_of_the_input_are_named(tmp_path: Path) -> None:
+    a, b = (write_jsonl(tmp_path / name, DOCUMENTS) for name in ("a.jsonl", "b.jsonl"))
+    arguments = ["--name", "toy", "--tokenizer", "byte260", "--out", tmp_path]
+    (tmp_path / "link.jsonl").symlink_to(a)
+    message = message_of("--input", a, tmp_path / "link.jsonl", "--val", a, *arguments)
+    assert "--val names all files of --input, so that no document is left" in message
+    assert "leave --val out" in message
+    # A copy is told by its documents.
+    message = message_of("--input", a, "--val", b, *arguments)
+    assert "the validation split holds all 30 documents of the train split" in message
 
 
 def test_a_parquet_file_without_text_column_is_named(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def tokenizers() -> dict[str, Tokenizer]:
     }
 
 
-def foreign_tokenizer(**options: Any) -> Tokenizer:
+def foreign_tokenizer(documents: list[str] = DOCUMENTS, **options: Any) -> Tokenizer:
     """One that another tool could have trained."""
     model = io.BytesIO()
     defaults = {"model_type": "bpe", "vocab_size": 320, "hard_vocab_limit": False, "minloglevel": 2}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS), model_writer=model, **{**defaults, **options})
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, **{**defaults, **options})
     return Tokenizer(model.getvalue(), Path("foreign.model"))
 
 
@@ -71,6 +71,14 @@ def plain_encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 # --- Training ---
+
+
+def test_a_model_with_bos_as_a_piece_of_text_is_named() -> None:
+    """It was trained with bos_id=1, so that this advice would not help."""
+    with pytest.raises(ValueError, match=r"has <s> as a piece of text.*train it without <s> in user_defined_symbols"):
+        foreign_tokenizer(user_defined_symbols=["<s>"], bos_id=1)
+    with pytest.raises(ValueError, match=r"has no BOS piece.*train it with bos_id=1"):
+        foreign_tokenizer(bos_id=-1)
 
 
 def test_a_tokenizer_is_lossless_even_where_the_training_text_has_no_space() -> None:
@@ -246,6 +254,16 @@ def test_a_model_whose_pieces_cross_words_is_not_cached() -> None:
         assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
 
 
+def test_a_model_that_normalizes_and_keeps_spaces_is_not_cached() -> None:
+    """No trainer makes one, but its tokens must be those of SentencePiece all the same."""
+    fields = list(tk.read_message(foreign_tokenizer(byte_fallback=True).model))
+    normalizer = tk.write_message([(1, b"identity"), (3, 0), (5, 0)])
+    model = tk.write_message((field, normalizer if field == tk.NORMALIZER else value) for field, value in fields)
+    tokenizer = Tokenizer(model, Path("foreign.model"))
+    assert tokenizer.word_cache is None
+    assert tokenizer.encode(SENTENCE).tolist() == plain_encode(tokenizer, SENTENCE)
+
+
 def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tk, "CACHED_WORDS", 5)
     monkeypatch.setattr(tk, "LONGEST_CACHED_WORD", 6)
@@ -259,20 +277,108 @@ def test_a_full_cache_starts_over(tokenizers: dict[str, Tokenizer], monkeypatch:
 
 # --- Source bytes ---
 
+LOSSY: dict[str, dict[str, Any]] = {
+    "digits": {"byte_fallback": False, "vocab_size": 60},  # trained on digits alone
+    "word": {"model_type": "word"},
+    "unigram": {"model_type": "unigram", "vocab_size": 60, "normalization_rule_name": "identity"},
+    "char": {"model_type": "char", "remove_extra_whitespaces": False},
+    "nmt_nfkc": {"byte_fallback": True, "normalization_rule_name": "nmt_nfkc"},
+    "nfkc_cf": {"byte_fallback": True, "normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
+    "one blank": {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False},
+    "suffix": {"byte_fallback": True, "treat_whitespace_as_suffix": True},
+    "caseops": {"byte_fallback": True, "user_defined_symbols": list(OPERATORS)},
+    "caseops without bytes": {"user_defined_symbols": list(OPERATORS), "normalization_rule_name": "nmt_nfkc_cf"},
+    "other surface": {"unk_surface": "the \ue004", "user_defined_symbols": list(OPERATORS)},
+}
 
-@pytest.mark.parametrize("kind", KINDS + FOREIGN)
+
+@pytest.fixture(scope="module")
+def lossy_tokenizers() -> dict[str, Tokenizer]:
+    found = {}
+    for name, options in LOSSY.items():
+        documents = [" ".join(map(str, range(i, 40 * i, i))) for i in range(1, 40)] if name == "digits" else DOCUMENTS
+        found[name] = foreign_tokenizer(documents, **options)
+    return found
+
+
+def bytes_in_common(a: str, b: str) -> int:
+    """The longest common subsequence of two texts in bytes, by the table of the textbook."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            both = table[i][j] + len(x.encode()) if x == y else 0
+            table[i + 1][j + 1] = max(table[i][j + 1], table[i + 1][j], both)
+    return table[-1][-1]
+
+
+@given(any_text | awkward_text, any_text | awkward_text)
+@example("ab\u00e9\u00e9c", "a\u00e9xc")
+def test_common_bytes_are_those_of_the_longest_common_subsequence(a: str, b: str) -> None:
+    assert tk.common_bytes(a, b) == bytes_in_common(a, b)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+@example(text="  The  12 cats\n\nRAN \u00bd \uff21 off  ")
+@example(text=" \u2047  \u2047 the \u2047 cat")
+def test_no_more_bytes_are_counted_than_decoding_gives_back(
+    lossy_tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
+    """And all of them if the text comes back without an unknown piece."""
+    tokenizer = lossy_tokenizers[kind]
+    ids, n_bytes = tokenizer.encode_with_bytes(text)
+    assert ids.tolist() == plain_encode(tokenizer, text)
+    assert n_bytes.shape == ids.shape
+    assert (n_bytes >= 0).all()
+
+    unknown = ids == tokenizer.sp.unk_id()
+    assert not n_bytes[unknown].any()
+    try:
+        decoded = tokenizer.decode(ids)
+    except ValueError:  # a lost operator
+        decoded = ""
+    assert n_bytes.sum() <= bytes_in_common(decoded, text)
+    if decoded == text and not unknown.any():
+        assert n_bytes.sum() == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("digits", "12 cats in 1999", 9),  # digits and blanks; each word of letters is one unknown piece
+        ("digits", "no digits", 1),  # the blank
+        ("word", "The cat zebra sat", 11),  # the blank before the zebra is lost with it
+        ("unigram", "the \u6771\u4eac cat", 8),
+        ("char", "  the\u6771", 5),
+        ("nmt_nfkc", "a  \n b  ", 3),
+        ("nmt_nfkc", "\uff21\u00bd\ufb01", 0),
+        ("nmt_nfkc", "The CAT\nsat", 10),
+        ("nfkc_cf", "The CAT sat", 7),
+        ("one blank", "the   cat ", 7),
+    ],
+)
+def test_bytes_that_a_lossy_tokenizer_gives_back(
+    lossy_tokenizers: dict[str, Tokenizer], kind: str, text: str, expected: int
+) -> None:
+    assert lossy_tokenizers[kind].encode_with_bytes(text)[1].sum() == expected
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
 @example(text="  a\n\nb  ")
 @example(text="\u00bd\uff21\ufb01")
-def test_source_bytes_add_up_to_the_text(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
-    """Also where the tokenizer folds or rewrites it, and where the transform adds operators."""
+def test_source_bytes_of_a_lossless_tokenizer_add_up_to_the_text(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
+    """Also where the transform adds operators."""
     tokenizer = tokenizers[kind]
     ids, n_bytes = tokenizer.encode_with_bytes(text)
     assert ids.tolist() == plain_encode(tokenizer, text)
     assert n_bytes.shape == ids.shape
     assert (n_bytes >= 0).all()
-    assert n_bytes.sum() == (len(text.encode()) if ids.size else 0)
+    assert n_bytes.sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
@@ -303,10 +409,10 @@ def test_an_escape_counts_for_the_character_it_carries(tokenizers: dict[str, Tok
 
 
 @needs_published
-def test_folded_bytes_count_for_a_token_beside_them(tokenizers: dict[str, Tokenizer]) -> None:
+def test_folded_bytes_count_for_no_token(tokenizers: dict[str, Tokenizer]) -> None:
     ids, n_bytes = tokenizers["published"].encode_with_bytes("a  \n b  ")
     pieces = [tokenizers["published"].sp.id_to_piece(int(i)) for i in ids]
-    assert list(zip(pieces, n_bytes.tolist(), strict=True)) == [("a", 1), ("\u2581b", 7)]
+    assert list(zip(pieces, n_bytes.tolist(), strict=True)) == [("a", 1), ("\u2581b", 2)]
 
 
 # --- The two accountings ---
@@ -326,29 +432,27 @@ def both_accountings(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int]:
 
 @needs_published
 @pytest.mark.parametrize(
-    ("text", "surplus"),
+    ("text", "given_back", "normalized"),
     [
-        ("Plain text, one space between words.", 0),
-        ("caf\u00e9 \u6771\u4eac \U0001f642", 0),  # composed characters, also those that only byte pieces spell
-        (" a leading space", 1),
-        ("two  spaces", 1),
-        ("a line\nanother", 0),  # the newline became a space
-        ("a paragraph\n\nanother  ", 3),
-        ("\uff21", 2),  # a full-width A is a plain one afterwards
-        ("\u00bd", -3),  # one half of 2 bytes becomes "1", a fraction slash, "2" of 5
-        ("\ufb01", 1),  # the ligature fi
-        ("e\u0301", 1),  # composed to 2 bytes
-        ("a\u200bb", 2),  # a zero-width space becomes a plain one
-        ("\u200b", 3),  # no token is left, and the export drops the document
+        ("Plain text, one space between words.", 36, 36),
+        ("caf\u00e9 \u6771\u4eac \U0001f642", 17, 17),  # composed characters, also those that only byte pieces spell
+        (" a leading space", 15, 15),
+        ("two  spaces", 10, 10),
+        ("a line\nanother", 13, 14),  # the newline became a space, which is not in the text
+        ("a paragraph\n\nanother  ", 18, 19),
+        ("\uff21", 0, 1),  # a full-width A is a plain one afterwards
+        ("\u00bd", 0, 5),  # one half becomes "1", a fraction slash, "2"
+        ("\ufb01", 0, 2),  # the ligature fi
+        ("e\u0301", 0, 2),  # composed
+        ("a\u200bb", 2, 3),  # a zero-width space becomes a plain one
+        ("\u200b", 0, 0),  # no token is left, and the export drops the document
     ],
 )
 def test_where_the_published_accounting_agrees_with_the_sidecar(
-    tokenizers: dict[str, Tokenizer], text: str, surplus: int
+    tokenizers: dict[str, Tokenizer], text: str, given_back: int, normalized: int
 ) -> None:
-    """The published rule counts the bytes of the normalized text; `surplus` is what it misses of the source."""
-    sidecar, pieces = both_accountings(tokenizers["published"], [text])
-    assert sidecar == (len(text.encode()) if pieces else 0)
-    assert len(text.encode()) - pieces == surplus
+    """The published rule counts the bytes of the normalized text, the sidecar those that are in the source too."""
+    assert both_accountings(tokenizers["published"], [text]) == (given_back, normalized)
 
 
 @pytest.mark.parametrize("text", ["two words", " a leading space", "caf\u00e9 \u6771", "one\n\ntwo"])
@@ -366,8 +470,8 @@ def test_a_lossless_tokenizer_differs_from_the_published_accounting_in_a_leading
 
 
 @needs_published
-def test_what_the_published_accounting_misses_of_corpus_val(tokenizers: dict[str, Tokenizer]) -> None:
-    """Above all the second newline between paragraphs. Its bits per byte are that much too high."""
+def test_what_each_accounting_misses_of_corpus_val(tokenizers: dict[str, Tokenizer]) -> None:
+    """Above all newlines: the published rule counts the space that each paragraph's become, the sidecar nothing."""
     texts = [json.loads(line)["text"] for line in (SHARED / "corpus_val.jsonl").open(encoding="utf-8")]
-    # 0.31 % of the bytes are missed.
-    assert both_accountings(tokenizers["published"], texts) == (3_034_930, 3_025_499)
+    assert sum(len(text.encode()) for text in texts) == 3_034_930
+    assert both_accountings(tokenizers["published"], texts) == (3_014_310, 3_025_499)

@@ -555,10 +555,16 @@ def scores(run) -> tuple[float, float]:
     return float(loss), float(bpb)
 
 
+def test_every_line_with_the_accounting_says_whether_the_tokenizer_is_lossless(trained):
+    lines = [line for line in trained.out.splitlines() if "val_accounting:" in line]
+    assert len(lines) == 4
+    assert all("val_accounting:sidecar" in line and "lossless:1" in line for line in lines)
+
+
 def test_run_ends_with_the_score_of_its_artifact(trained):
     """The last line is the result, in the grammar that the community's parsers read."""
     pattern = r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}"
-    method = " eval_method:flat eval_seq_len:32 eval_stride:32"
+    method = " eval_method:flat eval_seq_len:32 eval_stride:32 val_accounting:sidecar lossless:1"
     assert re.fullmatch(pattern + method, trained.last_line)
     assert trained.log == trained.out
     assert trained.err == ""
@@ -614,7 +620,7 @@ def test_score_of_a_record_is_that_of_its_documents_one_by_one(trained_record, d
     """The same for all techniques and the evaluation by documents, each of them a text of its own."""
     windows = windows_of(np.flatnonzero(data.val == 1).tolist(), len(data.val) - 1)
     assert scores(trained_record) == pytest.approx(score_by_windows(trained_record, data, windows), abs=2e-6)
-    assert trained_record.last_line.endswith(" eval_method:document eval_seq_len:32 eval_stride:32")
+    assert " eval_method:document eval_seq_len:32 eval_stride:32 " in trained_record.last_line
 
 
 def test_run_json_holds_settings_identities_seconds_and_bytes(trained, data):
@@ -625,6 +631,7 @@ def test_run_json_holds_settings_identities_seconds_and_bytes(trained, data):
     assert (results["eval_seq_len"], results["steps"], results["world_size"]) == (32, 30, 1)
     assert results["val_tokens"] == len(data.val)
     assert results["val_accounting"] == "sidecar"
+    assert results["tokenizer_lossless"] is True
     for key in ("code_sha256", "tokenizer_sha256", "val_shards_sha256"):
         assert re.fullmatch("[0-9a-f]{64}", results[key])
     for key in ("seconds_train", "seconds_evaluate", "seconds_quantize", "train_seconds", "torch", "python", "device"):

@@ -96,6 +96,20 @@ def test_source_offsets_count_each_byte_once_and_operators_never(name: str, text
         assert offsets[ends[i]] == len(part.encode())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.one_of(any_text, close_text))
+def test_restored_characters_stand_where_they_were_written(name: str, text: str) -> None:
+    """Each is one character of the source or none, with the bytes that source_offsets gives it."""
+    transform = transforms.TRANSFORMS[name]
+    written = transform.encode(text)
+    restored = transforms.restored_characters(transform, written)
+    assert len(restored) == len(written)
+    assert restored.replace(transforms.NO_TEXT, "") == text
+    sizes = [0 if char == transforms.NO_TEXT else len(char.encode()) for char in restored]
+    ends = np.cumsum([0] + [len(char.encode()) for char in written])
+    assert np.diff(transforms.source_offsets(transform, written.encode())[ends]).tolist() == sizes
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [

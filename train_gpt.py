@@ -31,6 +31,7 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -1994,6 +1995,7 @@ ANS_LANES = 2048  # at most; of a matrix with more rows, one band of rows is cod
 LANE_LOW = 2**16  # a lane holds a number from here to 2**32 - 1, and starts here
 N_CLASSES = 64
 N_SYMBOLS = 256  # code + 128
+FREQUENCY_BYTES = 2 * N_CLASSES * N_SYMBOLS  # of the table of frequencies, in the payload
 
 
 def row_classes(codes: np.ndarray) -> np.ndarray:
@@ -2054,51 +2056,62 @@ def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.nda
     return lanes[:n_used].astype("<u4").tobytes() + b"".join(reversed(words))
 
 
-def decode_words(
-    data: bytes, shapes: list[tuple[int, int]], classes: list[np.ndarray], frequencies: np.ndarray
-) -> list[np.ndarray]:
-    """Symbols (R, C) of each band. Raises ValueError for words that encode_words did not make."""
-    n_used = max(rows for rows, _ in shapes)
-    if len(data) < 4 * n_used or len(data) % 2:
+class CodedRows(NamedTuple):
+    """Rows that are decoded side by side: those of a band whose codes are not known beforehand."""
+
+    lanes: np.ndarray  # (R,) int64: the lane of each row
+    classes: np.ndarray  # (R,) int64
+    n_columns: int
+
+
+def certain_symbols(frequencies: np.ndarray) -> np.ndarray:
+    """The only symbol of each class that has just one, else -1. (N_CLASSES, N_SYMBOLS) -> (N_CLASSES,) int64
+
+    Such codes take no bits. They need no decoding either, so that rows of zeros cost nothing.
+    """
+    is_certain = frequencies.max(axis=1) == 2**ANS_BITS
+    return np.where(is_certain, frequencies.argmax(axis=1), -1)
+
+
+def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the symbols (R,) uint8 of one column after another, band after band.
+
+    Raises ValueError for words that encode_words did not make, at the latest when all columns are read.
+    """
+    if len(data) < 4 * n_lanes or len(data) % 2:
         raise ValueError("its words are cut short")
-    if max(int(band.max()) for band in classes) >= N_CLASSES:
-        raise ValueError(f"it has classes of rows that are not below {N_CLASSES}")
-    if not np.isin(frequencies.sum(axis=1), (0, 2**ANS_BITS)).all():
-        raise ValueError("its frequencies do not sum to 1")
-    lanes = np.frombuffer(data, "<u4", n_used).astype(np.uint64)
-    words = np.frombuffer(data, "<u2", offset=4 * n_used)
+    lanes = np.frombuffer(data, "<u4", n_lanes).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * n_lanes).astype(np.int64)
     n_read = 0
 
     # The low bits of a lane tell the symbol: each has as many slots as its frequency says.
-    frequency_of = frequencies.astype(np.uint64).ravel()
-    start_of = (frequencies.cumsum(axis=1) - frequencies).astype(np.uint64).ravel()
+    frequency_of = frequencies.ravel()
+    start_of = (frequencies.cumsum(axis=1) - frequencies).ravel()
     symbol_at = np.zeros((len(frequencies), 2**ANS_BITS), np.uint8)
     for slots, row in zip(symbol_at, frequencies, strict=True):
         slots[: row.sum()] = np.repeat(np.arange(N_SYMBOLS, dtype=np.uint8), row)
     symbol_at = symbol_at.ravel()
 
-    bands = []
-    for (n_rows, n_columns), band_classes in zip(shapes, classes, strict=True):
-        x = lanes[:n_rows]
-        first_slot = band_classes.astype(np.int64) << ANS_BITS
-        first_symbol = band_classes.astype(np.int64) * N_SYMBOLS
-        symbols = np.empty((n_columns, n_rows), np.uint8)
-        for j in range(n_columns):
-            slot = x & np.uint64(2**ANS_BITS - 1)
-            symbols[j] = symbol_at[first_slot + slot.astype(np.int64)]
-            place = first_symbol + symbols[j]
-            x[:] = frequency_of[place] * (x >> np.uint64(ANS_BITS)) + slot - start_of[place]
+    for band in bands:
+        x = lanes[band.lanes]
+        first_slot = band.classes << ANS_BITS
+        first_symbol = band.classes * N_SYMBOLS
+        for _ in range(band.n_columns):
+            slot = x & (2**ANS_BITS - 1)
+            symbols = symbol_at[first_slot + slot]
+            place = first_symbol + symbols
+            x = frequency_of[place] * (x >> ANS_BITS) + slot - start_of[place]
 
             low = np.flatnonzero(x < LANE_LOW)
             if n_read + len(low) > len(words):
                 raise ValueError("its words are cut short")
-            x[low] = x[low] << np.uint64(16) | words[n_read : n_read + len(low)]
+            x[low] = x[low] << 16 | words[n_read : n_read + len(low)]
             n_read += len(low)
-        bands.append(symbols.T)
+            yield symbols
+        lanes[band.lanes] = x
 
     if n_read < len(words) or not (lanes == LANE_LOW).all():
         raise ValueError("its words do not end where they should")
-    return bands
 
 
 # -- File ------------------------------------------------------------------------------------------------------------
@@ -2118,9 +2131,18 @@ ARTIFACT_FORMAT = 5
 ARTIFACT_PREFIX = struct.Struct("<8sII")
 ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
 
-# Caps on what a file may make us allocate.
-MAX_PARAMETERS = 2**28
+# Caps on what a file may make us allocate and compute. Each allows something to every file, enough for a model of zeros
+# in the shape of the record, and more to a larger one. No run writes a file that holds so much in so few bytes.
 MAX_HEADER_BYTES = 2**20
+MAX_PARAMETERS = 2**28
+SMALL_FILE_PARAMETERS = 2**26
+PARAMETERS_PER_BYTE = 64
+# Of decoding. A step along the columns costs about as much as 1024 codes.
+STEP_WORK = 1024
+SMALL_FILE_WORK = 2**25
+WORK_PER_BYTE = 128
+# So many codes can be kept before it is certain that all words make sense.
+UNCHECKED_CODES = 2**25
 
 
 class StoredTensor(NamedTuple):
@@ -2233,12 +2255,55 @@ class Header(NamedTuple):
 
 
 class ArtifactParts(NamedTuple):
-    """An artifact, taken apart."""
+    """An artifact, taken apart. Its checksum, the sizes of its parts and its scales have been checked."""
 
     header: Header
     table: list[StoredTensor]
-    payload: bytes
+    payload: bytes  # as it lies in the file, compressed
     words: bytes
+    path: Path
+    n_bytes: int
+    sha256: str
+
+
+class Inflater:
+    """Reads a zlib stream piece by piece, so that little of it is held."""
+
+    STREAM_PIECE = 2**8  # bytes, which stand for 264 kB at most
+    SKIP_PIECE = 2**16  # bytes
+
+    def __init__(self, stream: bytes) -> None:
+        self.stream = stream
+        self.n_taken = 0  # of its bytes
+        self.unpacker = zlib.decompressobj()
+        self.ready = bytearray()
+
+    def fill(self, n_bytes: int) -> None:
+        """Have this many bytes ready, or all that are left."""
+        while len(self.ready) < n_bytes and not self.unpacker.eof and self.n_taken < len(self.stream):
+            piece = self.stream[self.n_taken : self.n_taken + self.STREAM_PIECE]
+            self.n_taken += len(piece)
+            self.ready += self.unpacker.decompress(piece)
+
+    def read(self, n_bytes: int) -> bytes:
+        """The next bytes. Raises ValueError if the stream ends before."""
+        self.fill(n_bytes)
+        if len(self.ready) < n_bytes:
+            raise ValueError("it has a payload of another size than its header says")
+        data = bytes(self.ready[:n_bytes])
+        del self.ready[:n_bytes]
+        return data
+
+    def skip(self, n_bytes: int) -> None:
+        for start in range(0, n_bytes, self.SKIP_PIECE):
+            self.read(min(self.SKIP_PIECE, n_bytes - start))
+
+    def finish(self) -> int:
+        """The length of the stream in bytes. Raises ValueError if it holds anything more, or is cut short."""
+        self.fill(1)
+        if self.ready or not self.unpacker.eof:
+            raise ValueError("it has a payload of another size than its header says")
+        return self.n_taken - len(self.unpacker.unused_data)
 
 
 def parse_header(text: bytes) -> Header:
@@ -2272,9 +2337,14 @@ def parse_header(text: bytes) -> Header:
 
 
 def read_artifact(path: Path) -> ArtifactParts:
-    """Take an artifact apart. Nothing is read or allocated before its size is known to be bounded."""
-    if not path.is_file():
+    """Take an artifact apart. Nothing is read or allocated before its size is known to be bounded.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, of another format, or lies about its content.
+    """
+    if not path.exists():
         raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
+    if not path.is_file():
+        raise ValueError(f"artifact {str(path)!r} is not a regular file: name the file that a run wrote")
     with path.open("rb") as file:
         prefix = file.read(ARTIFACT_PREFIX.size)
         if len(prefix) < ARTIFACT_PREFIX.size or not prefix.startswith(ARTIFACT_MAGIC):
@@ -2284,40 +2354,70 @@ def read_artifact(path: Path) -> ArtifactParts:
             raise ValueError(f"{path} is damaged (header of {header_bytes} bytes): copy or make it again")
 
         text = file.read(header_bytes)
+        n_bytes = path.stat().st_size
         try:
             header = parse_header(text)
-            with torch.device("meta"):
-                model = GPT(header.config)
+            table = check_shape(header, n_bytes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
             raise ValueError(f"{path} has a header that describes no model for this script: {error!s:.600}") from None
-        n_parameters = sum(p.numel() for p in model.parameters())
-        if n_parameters > MAX_PARAMETERS:
-            raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")
 
-        table = tensor_table(model, header.codec)
+        # zlib never needs more than this for the payload, and a code takes at most one word.
         payload_bytes = sum(tensor.n_bytes for tensor in table)
-        # zlib never needs more than this for `payload_bytes`, and a code takes at most one word.
         most_bytes = file.tell() + payload_bytes + payload_bytes // 1000 + 1024
         if header.codec == "trellis_ans":
-            payload_bytes += 2 * N_CLASSES * N_SYMBOLS
             n_codes = sum(math.prod(tensor.shape) for tensor in table if tensor.kind == "codes")
-            most_bytes += 2 * N_CLASSES * N_SYMBOLS + 4 * ANS_LANES + 2 * n_codes
-        if path.stat().st_size > most_bytes:
+            most_bytes += FREQUENCY_BYTES + 4 * ANS_LANES + 2 * n_codes
+        if n_bytes > most_bytes:
             raise ValueError(f"{path} has more bytes than its header describes: make it again")
-        body = file.read()
+        body = file.read(n_bytes)
 
     if zlib.crc32(body, zlib.crc32(text)) != crc32:
         raise ValueError(f"{path} is damaged (checksum): copy or make it again")
-    unpacker = zlib.decompressobj()
     try:
-        payload = unpacker.decompress(body, payload_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or make it again") from None
-    words = unpacker.unused_data
-    is_whole = len(payload) == payload_bytes and unpacker.eof
-    if not is_whole or (words and header.codec == "int8_zlib"):
-        raise ValueError(f"{path} has a payload of another size than its header says: make it again")
-    return ArtifactParts(header, table, payload, words)
+        payload_end = check_payload(body, table, header.codec)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+    sha256 = hashlib.sha256(prefix + text + body).hexdigest()
+    return ArtifactParts(header, table, body[:payload_end], body[payload_end:], path, n_bytes, sha256)
+
+
+def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
+    """The tensors of a header's model. Raises ValueError if no file of `n_bytes` holds so many parameters."""
+    with torch.device("meta"):
+        model = GPT(header.config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if n_parameters > min(MAX_PARAMETERS, SMALL_FILE_PARAMETERS + PARAMETERS_PER_BYTE * n_bytes):
+        raise ValueError(f"{n_parameters} parameters are more than an artifact of {n_bytes} bytes holds")
+    return tensor_table(model, header.codec)
+
+
+def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
+    """Walk through the payload at the start of `body` without keeping it. -> where it ends
+
+    Raises ValueError for a payload of another size than its tensors have, and for values that are not finite.
+    """
+    inflater = Inflater(body)
+    not_finite = ""
+    for tensor in table:
+        if tensor.kind == "float32":
+            values = np.frombuffer(inflater.read(tensor.n_bytes), "<f4")
+        elif tensor.kind == "int8_rows":
+            values = np.frombuffer(inflater.read(2 * tensor.n_rows), "<f2")  # the scales
+            inflater.skip(math.prod(tensor.shape))
+        else:
+            values = np.empty(0)
+            inflater.skip(tensor.n_bytes)
+        if not np.isfinite(values).all():
+            not_finite = tensor.name
+    if codec == "trellis_ans":
+        inflater.skip(FREQUENCY_BYTES)
+
+    payload_end = inflater.finish()
+    if codec == "int8_zlib" and payload_end < len(body):
+        raise ValueError("it has more bytes than its header describes")
+    if not_finite:
+        raise ValueError(f"it has a value in {not_finite} that is not finite")
+    return payload_end
 
 
 def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
@@ -2332,61 +2432,83 @@ def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
 
 
 def decode_layers(
-    parts: ArtifactParts, exponents: dict[str, np.ndarray], classes: dict[str, np.ndarray]
+    parts: ArtifactParts, exponents: dict[str, np.ndarray], classes: dict[str, np.ndarray], frequencies: np.ndarray
 ) -> dict[str, Tensor]:
     """The weights that are stored as codes, by name. Raises ValueError for words or frequencies that make no sense."""
-    frequencies = np.frombuffer(parts.payload[-2 * N_CLASSES * N_SYMBOLS :], "<u2").astype(np.int64)
-    columns = {tensor.name: tensor.shape[-1] for tensor in parts.table}
-    bands = bands_of(parts.table)
-    symbols = decode_words(
-        parts.words,
-        shapes=[(rows.stop - rows.start, columns[name]) for name, rows in bands],
-        classes=[classes[name][rows] for name, rows in bands],
-        frequencies=frequencies.reshape(N_CLASSES, N_SYMBOLS),
-    )
-
-    by_name: dict[str, list[np.ndarray]] = {name: [] for name in exponents}
-    for (name, _), band in zip(bands, symbols, strict=True):
-        by_name[name].append(band)
+    symbols = decode_symbols(parts, classes, frequencies)
     weights = {}
-    for name, layer_bands in by_name.items():
-        codes = from_symbols(np.concatenate(layer_bands))
+    for name, layer_symbols in symbols.items():
+        codes = from_symbols(layer_symbols)
         quantizers = quantizers_along(codes, TRELLISES[parts.header.states])
         step = row_steps(parts.header.step, exponents[name])
         weights[name] = dequantize(torch.from_numpy(codes), torch.from_numpy(quantizers), step)
     return weights
 
 
-@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused below
-def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
-    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+def decode_symbols(
+    parts: ArtifactParts, classes: dict[str, np.ndarray], frequencies: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The symbols (R, C) uint8 of each matrix, by name. Raises ValueError for those that no run writes."""
+    if max(int(rows.max()) for rows in classes.values()) >= N_CLASSES:
+        raise ValueError(f"it has classes of rows that are not below {N_CLASSES}")
+    totals = frequencies.sum(axis=1)
+    if not np.isin(totals, (0, 2**ANS_BITS)).all():
+        raise ValueError("its frequencies do not sum to 1")
+    if not all(totals[rows].all() for rows in classes.values()):
+        raise ValueError("it has rows of a class without symbols")
 
-    Its activations have the dtype that its config names, or `compute_dtype` if that is given. Raises FileNotFoundError,
-    or ValueError for a file that is damaged, of another format, or lies about its content. Reads data only, runs no
-    code, and takes no more memory than the header declares, which is bounded.
-    """
-    parts = read_artifact(Path(path))
+    only_symbol = certain_symbols(frequencies)
+    columns = {tensor.name: tensor.shape[-1] for tensor in parts.table}
+    bands = bands_of(parts.table)
+    n_lanes = max(rows.stop - rows.start for _, rows in bands)
+    uncertain = []
+    for name, rows in bands:
+        band_classes = classes[name][rows].astype(np.int64)
+        lanes = np.flatnonzero(only_symbol[band_classes] < 0)
+        uncertain.append(CodedRows(lanes, band_classes[lanes], columns[name] if len(lanes) else 0))
+    n_codes = sum(len(rows.lanes) * rows.n_columns for rows in uncertain)
+    n_steps = sum(rows.n_columns for rows in uncertain)
+    if n_codes + STEP_WORK * n_steps > SMALL_FILE_WORK + WORK_PER_BYTE * parts.n_bytes:
+        raise ValueError(f"it describes {n_codes} codes in {parts.n_bytes} bytes, which no run does")
+
+    if n_codes > UNCHECKED_CODES + parts.n_bytes:
+        for _ in decode_words(parts.words, n_lanes, uncertain, frequencies):
+            pass
+    one_column_after_another = decode_words(parts.words, n_lanes, uncertain, frequencies)
+    decoded = [list(itertools.islice(one_column_after_another, rows.n_columns)) for rows in uncertain]
+    # Only when it is asked for more does the decoder see whether the words end here.
+    next(one_column_after_another, None)
+
+    symbols = {}
+    for name, of_rows in classes.items():
+        symbols[name] = np.repeat(only_symbol[of_rows].astype(np.uint8)[:, None], columns[name], axis=1)
+    for (name, rows), coded, band in zip(bands, uncertain, decoded, strict=True):
+        if band:
+            symbols[name][rows][coded.lanes] = np.stack(band, axis=1)
+    return symbols
+
+
+@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused
+def build_model(parts: ArtifactParts, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
+    """The model of an artifact, as load_artifact returns it. Raises ValueError for codes that make no sense."""
     weights = dict[str, Tensor]()
     exponents = dict[str, np.ndarray]()
     classes = dict[str, np.ndarray]()
-    offset = 0
+    payload = Inflater(parts.payload)
     for tensor in parts.table:
-        data = parts.payload[offset : offset + tensor.n_bytes]
-        offset += tensor.n_bytes
+        data = payload.read(tensor.n_bytes)
         if tensor.kind == "codes":
             exponents[tensor.name] = np.frombuffer(data, np.uint8, tensor.n_rows)
             classes[tensor.name] = np.frombuffer(data, np.uint8, offset=tensor.n_rows)
         else:
             weights[tensor.name] = read_tensor(data, tensor)
     if exponents:
+        frequencies = np.frombuffer(payload.read(FREQUENCY_BYTES), "<u2").astype(np.int64)
         try:
-            weights |= decode_layers(parts, exponents, classes)
+            weights |= decode_layers(parts, exponents, classes, frequencies.reshape(N_CLASSES, N_SYMBOLS))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+            raise ValueError(f"{parts.path} is damaged, {error}: copy or make it again") from None
 
-    for name, value in weights.items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{path} has a value in {name} that is not finite: make it again")
     config = parts.header.config
     if compute_dtype:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
@@ -2394,6 +2516,16 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
+
+
+def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
+    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+
+    Its activations have the dtype that its config names, or `compute_dtype` if that is given. Raises FileNotFoundError,
+    or ValueError for a file that is damaged, of another format, or lies about its content. Reads data only, runs no
+    code, and takes no more memory than the header declares, which is bounded by the size of the file.
+    """
+    return build_model(read_artifact(Path(path)), device, compute_dtype)
 
 
 # -- Size ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ defaults.
 Writes   ARTIFACT_DIR/final_model.*.ptz   the scored model: a JSON header and compressed weights, never code
          OUT_DIR/<RUN_ID>.txt             the log, as on the screen
          OUT_DIR/<RUN_ID>.json            settings, identities, seconds, bytes and results of the run
+A run replaces the artifact of an earlier one, but no run in progress, no log and no JSON: runs at the same time need an
+ARTIFACT_DIR each.
 
 Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
@@ -28,25 +30,30 @@ To import the script by path, enter the module into sys.modules before it is exe
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import shutil
+import socket
 import struct
 import sys
 import sysconfig
+import tempfile
 import time
+import traceback
 import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 import numpy as np
 import sentencepiece as spm
@@ -54,6 +61,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if sys.platform != "win32":
+    import fcntl
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
@@ -202,23 +212,23 @@ class Hyperparameters:
     train_log_every: int = setting(200, low=1)  # steps
 
     # Initial values and optimizers
-    tied_embed_init_std: float = 0.005
-    qk_gain_init: float = 5.0
-    tied_embed_lr: float = 0.03
-    matrix_lr: float = 0.028
-    scalar_lr: float = 0.02
+    tied_embed_init_std: float = setting(0.005, high=1000)
+    qk_gain_init: float = setting(5.0, high=1000)
+    tied_embed_lr: float = setting(0.03, high=1000)
+    matrix_lr: float = setting(0.028, high=1000)
+    scalar_lr: float = setting(0.02, high=100)
     muon_momentum: float = setting(0.97, high=0.999999)
     muon_momentum_warmup_start: float = setting(0.92, high=0.999999)
     muon_momentum_warmup_steps: int = 1500
-    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    muon_backend_steps: int = setting(5, high=100)  # Newton-Schulz iterations
     muon_row_normalize: bool = True  # scale the rows of a step to length 1 before orthogonalizing (MuonEq-R)
     polar_express: bool = True  # each Newton-Schulz iteration has a polynomial of its own
-    muon_wd: float = 0.095  # weight decay of the matrices, per step and learning rate
-    embed_wd: float = 0.085  # of the embedding
-    adam_wd: float = 0.02  # of gains, scales and gates
+    muon_wd: float = setting(0.095, high=10)  # weight decay of the matrices, per step and learning rate
+    embed_wd: float = setting(0.085, high=10)  # of the embedding
+    adam_wd: float = setting(0.02, high=10)  # of gains, scales and gates
     beta1: float = setting(0.9, high=0.999999)
     beta2: float = setting(0.99, high=0.999999)
-    adam_eps: float = 1e-8
+    adam_eps: float = setting(1e-8, low=1e-30, high=1)  # 0 divides by 0 where a gradient is 0
     grad_clip_norm: float = 0.3  # 0 means no clipping
 
     # Artifact. trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the way of the published baseline.
@@ -248,8 +258,79 @@ class Hyperparameters:
 
 SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
 
-# Variables of launchers, libraries and CI systems start like this, and may look like a misspelt setting.
-FOREIGN = ("ROLE_", "LOCAL_", "GROUP_", "MASTER_", "TORCH", "PYTORCH", "NCCL", "GLOO", "OMP", "MKL", "CUDA", "COMPILER")
+# Variables of launchers and libraries start like this, and may look like a misspelt setting. So does CMake's COMPILER.
+FOREIGN = (
+    "COMPILER",
+    "ROLE_",
+    "LOCAL_",
+    "GROUP_",
+    "MASTER_",
+    "TORCH",
+    "PYTORCH",
+    "NCCL",
+    "GLOO",
+    "OMP_",
+    "MKL",
+    "CUDA",
+)
+
+# What nanoGPT, nanochat, modded-nanogpt, Hugging Face and scripts of the challenge call our settings.
+NAMES_ELSEWHERE = {
+    "NUM_LAYERS": "N_LAYER N_LAYERS DEPTH NUM_HIDDEN_LAYERS",
+    "MODEL_DIM": "N_EMBD N_EMBED D_MODEL DIM EMBED_DIM EMBEDDING_DIM HIDDEN_DIM HIDDEN_SIZE N_DIM",
+    "NUM_HEADS": "N_HEAD N_HEADS NUM_ATTENTION_HEADS HEAD_DIM",
+    "NUM_KV_HEADS": "N_KV_HEAD N_KV_HEADS NUM_KEY_VALUE_HEADS",
+    "MLP_MULT": "MLP_RATIO MLP_EXPANSION FFN_MULT FFN_DIM INTERMEDIATE_SIZE",
+    "ROPE_BASE": "ROPE_THETA",
+    "LOGIT_SOFTCAP": "SOFTCAP FINAL_LOGIT_SOFTCAPPING",
+    "VOCAB_SIZE": "N_VOCAB PADDED_VOCAB_SIZE",
+    "TRAIN_SEQ_LEN": "SEQ_LEN SEQ_LENGTH SEQUENCE_LENGTH BLOCK_SIZE CONTEXT_LENGTH CONTEXT_LEN CTX_LEN N_CTX "
+    "MAX_SEQ_LEN MAX_LENGTH TRAIN_MAX_SEQ_LEN",
+    "EVAL_SEQ_LEN": "VAL_SEQ_LEN",
+    "EVAL_STRIDE": "STRIDE SLIDING_STRIDE",
+    "TRAIN_BATCH_TOKENS": "BATCH_SIZE TOTAL_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_BATCH_SIZE BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS": "DEVICE_BATCH_SIZE MICRO_BATCH_SIZE PER_DEVICE_BATCH_SIZE PER_DEVICE_TRAIN_BATCH_SIZE "
+    "GRADIENT_ACCUMULATION_STEPS GRAD_ACCUM_STEPS",
+    "VAL_BATCH_SIZE": "EVAL_BATCH_SIZE PER_DEVICE_EVAL_BATCH_SIZE VAL_BATCH_TOKENS VAL_TOKENS_PER_BATCH",
+    "ITERATIONS": "MAX_STEPS MAX_ITERS NUM_STEPS N_STEPS TRAIN_STEPS TOTAL_STEPS NUM_ITERATIONS NUM_ITERS N_ITERS "
+    "NUM_SCHEDULED_ITERATIONS EPOCHS NUM_EPOCHS MAX_EPOCHS NUM_TRAIN_EPOCHS",
+    "MAX_WALLCLOCK_SECONDS": "WALLCLOCK_SECONDS MAX_SECONDS MAX_TIME TIME_LIMIT TIME_BUDGET",
+    "WARMDOWN_ITERS": "WARMDOWN_STEPS COOLDOWN_STEPS COOLDOWN_ITERS LR_DECAY_ITERS",
+    "WARMDOWN_FRAC": "COOLDOWN_FRAC WARMDOWN_RATIO",
+    "MIN_LR": "FINAL_LR_FRAC MIN_LR_RATIO",
+    "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR": "LEARNING_RATE LR MAX_LR BASE_LR PEAK_LR",
+    "MATRIX_LR": "MUON_LR HIDDEN_LR",
+    "SCALAR_LR": "ADAM_LR ADAMW_LR",
+    "TIED_EMBED_LR": "EMBED_LR EMBEDDING_LR HEAD_LR UNEMBEDDING_LR",
+    "MUON_WD, EMBED_WD and ADAM_WD": "WEIGHT_DECAY",
+    "MUON_MOMENTUM": "MOMENTUM",
+    "MUON_BACKEND_STEPS": "NS_STEPS MUON_NS_STEPS",
+    "BETA1": "ADAM_BETA1",
+    "BETA2": "ADAM_BETA2",
+    "ADAM_EPS": "ADAM_EPSILON EPSILON",
+    "GRAD_CLIP_NORM": "GRAD_CLIP CLIP_GRAD GRADIENT_CLIPPING MAX_GRAD_NORM",
+    "EMA_DECAY": "EMA EMA_ENABLED",
+    "VAL_LOSS_EVERY": "EVAL_INTERVAL EVAL_EVERY EVAL_STEPS EVAL_ITERS VAL_EVERY VAL_INTERVAL",
+    "VAL_MAX_TOKENS": "MAX_VAL_TOKENS EVAL_TOKENS VAL_TOKENS",
+    "TRAIN_LOG_EVERY": "LOG_INTERVAL LOG_EVERY LOGGING_STEPS",
+    "COMPUTE_DTYPE": "DTYPE AMP_DTYPE PRECISION",
+    "COMPILE": "TORCH_COMPILE USE_COMPILE",
+    "SEED": "RANDOM_SEED MANUAL_SEED",
+    "DATA_PATH": "DATASET DATASET_PATH DATA_DIR",
+    "TOKENIZER_PATH": "TOKENIZER TOKENIZER_FILE TOKENIZER_DIR",
+    "OUT_DIR": "OUTPUT_DIR",
+    "RUN_ID": "RUN_NAME",
+    "MAX_TOTAL_BYTES": "MAX_BYTES SIZE_LIMIT SIZE_LIMIT_BYTES",
+    "MAX_WEIGHT_BITS": "WEIGHT_BITS QUANT_BITS MATRIX_BITS",
+    "CODEC": "COMPRESSOR",
+    "CUDA_VISIBLE_DEVICES": "DEVICE",
+}
+
+# What those scripts can do and this one cannot, by name or by how the names start.
+ABSENT = (
+    "DROPOUT BIAS LABEL_SMOOTHING WARMUP_ITERS WARMUP_RATIO WARMUP_FRAC LR_WARMUP_STEPS INIT_FROM RESUME WINDOW_SIZE"
+)
+ABSENT_PREFIXES = ("TTT_", "SWA_", "QAT_", "MTP_", "LORA_", "BIGRAM_", "NGRAM_", "SLOT_")
 
 Settings = TypeVar("Settings", GPTConfig, Hyperparameters)
 
@@ -277,12 +358,14 @@ def check_fields(settings: GPTConfig | Hyperparameters) -> None:
 def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
     """Build `cls`: field `num_layers` is NUM_LAYERS if that is set, else what PRESET says, else its default.
 
-    Raises ValueError, naming the variable, for an unknown preset, a misspelt variable or an invalid value.
+    Raises ValueError, naming the variable, for an unknown preset, an invalid value, or a variable that looks like a
+    setting and is none.
     """
     preset = env.get("PRESET", "record")
     if preset not in PRESETS:
         raise ValueError(f"PRESET={preset!r} must be one of {', '.join(PRESETS)}")
-    reject_misspelt(env)
+    for name in sorted(env.keys() - SETTINGS):
+        reject_lookalike(name, env[name])
     if env.get("TIE_EMBEDDINGS", "1") != "1":
         raise ValueError("TIE_EMBEDDINGS=0 is not supported, the embedding is always the output matrix too: unset it")
 
@@ -308,14 +391,27 @@ def parse_setting(name: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{name}={text!r} must be of type {kind.__name__}") from None
 
 
-def reject_misspelt(env: Mapping[str, str]) -> None:
-    """Raise ValueError for a variable that is one edit away from a setting: it would be ignored without a word."""
-    for name in sorted(env.keys() - SETTINGS):
-        if name.startswith(FOREIGN):
-            continue
-        similar = [known for known in sorted(SETTINGS) if one_edit_apart(name, known)]
-        if similar:
-            raise ValueError(f"{name}={env[name]!r} is not a setting: say {' or '.join(similar)}, or unset it")
+def reject_lookalike(name: str, value: str) -> None:
+    """Raise ValueError if variable `name` was meant as a setting: it would be ignored without a word.
+
+    It may be one edit away from a setting, in another case, without underscores, or be what other scripts call it.
+    """
+    upper = name.upper().replace("-", "_")
+    for ours, theirs in NAMES_ELSEWHERE.items():
+        if upper in theirs.split():
+            raise ValueError(f"{name}={value!r:.100} is a setting of other scripts: say {ours}, or unset it")
+    if upper in ABSENT.split() or upper.startswith(ABSENT_PREFIXES):
+        raise ValueError(f"{name}={value!r:.100} is a setting of other scripts, which this one does not have: unset it")
+
+    if name == "TIE_EMBEDDINGS" or upper.startswith(FOREIGN):
+        return
+    letters = upper.replace("_", "")
+    similar = []
+    for known in sorted({*SETTINGS, "TIE_EMBEDDINGS"}):
+        if letters == known.replace("_", "") or one_edit_apart(upper, known):
+            similar.append(known)
+    if similar:
+        raise ValueError(f"{name}={value!r:.100} is not a setting: say {' or '.join(similar)}, or unset it")
 
 
 def one_edit_apart(a: str, b: str) -> bool:
@@ -372,13 +468,57 @@ class World(NamedTuple):
         return float(shared)
 
 
-def start_world() -> World:
-    """Join the process group of torchrun, if there is one. Gloo carries CPU tensors, NCCL those on GPUs."""
-    rank = int(os.environ.get("RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+# torchrun sets these, and so do other launchers. Those of a cluster's shell may be left over from something else.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Place(NamedTuple):
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the processes of this machine
+
+
+def read_launcher(env: Mapping[str, str]) -> Place:
+    """This process's place among the ranks. Without a launcher it is alone.
+
+    Raises ValueError, naming the variable, its value and the remedy, for variables that contradict each other, or of
+    which others are missing.
+    """
+    found = [name for name in LAUNCHER_VARIABLES if name in env]
+    remedy = f"start with torchrun, or unset {' '.join(found)}"
+
+    def number(name: str, default: int, low: int, high: float, limits: str) -> int:
+        text = env.get(name, str(default))
+        is_number = text.isascii() and text.isdigit() and len(text) < 10
+        if not is_number or not low <= int(text) <= high:
+            raise ValueError(f"{name}={text!r:.100} must be a whole number {limits}: {remedy}")
+        return int(text)
+
+    size = number("WORLD_SIZE", 1, low=1, high=math.inf, limits="above 0")
+    rank = number("RANK", 0, low=0, high=size - 1, limits=f"below WORLD_SIZE={size}")
+    local_size = number("LOCAL_WORLD_SIZE", size, low=1, high=size, limits=f"from 1 to WORLD_SIZE={size}")
+    local_rank = number("LOCAL_RANK", 0, low=0, high=local_size - 1, limits=f"below the {local_size} of this machine")
+    number("MASTER_PORT", 29500, low=1, high=65_535, limits="from 1 to 65535")
+    if not env.get("MASTER_ADDR", "localhost").strip():
+        raise ValueError(f"MASTER_ADDR={env['MASTER_ADDR']!r} names no machine: {remedy}")
+
+    if size > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise ValueError(f"WORLD_SIZE={size}, but {name} is not set: {remedy}")
+    return Place(rank, size, local_rank)
+
+
+def start_world(env: Mapping[str, str]) -> World:
+    """Join the process group of the launcher, if there is one. Gloo carries CPU tensors, NCCL those on GPUs.
+
+    Raises ValueError, naming the variable, where the launcher's variables make no sense or the ranks do not meet.
+    """
+    rank, size, local_rank = read_launcher(env)
 
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         n_gpus = torch.cuda.device_count()
         if local_rank >= n_gpus:
             raise ValueError(f"LOCAL_RANK={local_rank}, but there are {n_gpus} GPUs: lower --nproc_per_node")
@@ -390,7 +530,15 @@ def start_world() -> World:
         device = torch.device("cpu")
 
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
+        try:
+            socket.getaddrinfo(env["MASTER_ADDR"], env["MASTER_PORT"])
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (OSError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{address} is not where the {size} ranks meet ({reason:.200}): start with torchrun"
+            ) from None
     return World(rank, size, device)
 
 
@@ -416,15 +564,49 @@ def pick_dtype(device: torch.device, compute_dtype: str = "auto") -> torch.dtype
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def wants_compile(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether to compile. COMPILE=auto: on CUDA, and on a CPU with a C++ compiler and the headers it needs."""
-    if hp.compile != "auto":
-        return hp.compile == "1"
+def wants_compile(hp: Hyperparameters, world: World, log0: Log) -> bool:
+    """Whether to compile. COMPILE=auto: where it works, on CUDA, and on a CPU with a C++ compiler and its headers.
+
+    Raises ValueError if it is asked for and does not work.
+    """
+    if hp.compile == "0":
+        return False
+    if hp.compile == "auto" and not has_compiler(world.device):
+        return False
+
+    reason = why_not_compile(world.device)
+    n_failures = torch.tensor(float(bool(reason)))
+    world.sum_all([n_failures])
+    if not n_failures:
+        return True
+    # All ranks decide alike, because they compile on common steps.
+    reason = reason or "on another rank"
+    if hp.compile == "1":
+        raise ValueError(f"COMPILE=1, but torch.compile does not work here ({reason}): mend that, or set COMPILE=0")
+    log0(f"compile:0 torch.compile does not work here ({reason}): slower without it; COMPILE=0 skips this test")
+    return False
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile could work: with CUDA, or a C++ compiler and the headers it needs."""
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
         return shutil.which(compiler) is not None and has_headers
     return device.type == "cuda"
+
+
+def why_not_compile(device: torch.device) -> str:
+    """Try to compile something tiny. -> what went wrong, in one line; empty if it works"""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # a compiler fails in more ways than can be listed
+        torch.compiler.reset()
+        lines = [type(error).__name__, *str(error).splitlines()]
+        # What the compiler itself says stands below torch's own words.
+        of_compiler = [line for line in lines[2:] if "error:" in line]
+        return (of_compiler or lines[1:] or lines)[0].strip()[:200]
+    return ""
 
 
 class Ledger:
@@ -451,18 +633,69 @@ class Ledger:
         return seconds
 
 
-def open_log(path: Path, world: World) -> Log:
-    """The only function that writes lines: to the screen and to a file, on rank 0."""
-    if world.rank != 0:
-        return lambda line: None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w", encoding="utf-8")
+class RunLog:
+    """The only place that writes lines: to the log file, then to the screen. Ranks other than 0 write nothing.
 
-    def log0(line: str) -> None:
-        print(line, flush=True)  # noqa: T201
-        print(line, file=file, flush=True)
+    Neither of the two can end the run. A file that cannot be written, because the disk is full, is tried again with
+    every further line.
+    """
 
-    return log0
+    def __init__(self, path: Path, world: World) -> None:
+        """Raises ValueError if a run has used this name before."""
+        self.path = path
+        self.is_on = world.rank == 0
+        self.unwritten = b""
+        self.has_warned = False
+        if not self.is_on:
+            return
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for taken in (path, path.with_suffix(".json")):
+            if taken.exists():
+                raise ValueError(
+                    f"RUN_ID={path.stem} names a run whose results are in {taken}: choose another RUN_ID, unset it "
+                    "for a new one, or move those files away"
+                )
+        # "x" fails if another run has just created it.
+        self.file = path.open("xb", buffering=0)
+
+    def __call__(self, line: str) -> None:
+        self.to_file(line)
+        if self.is_on:
+            show(line, sys.stdout)
+
+    def to_file(self, line: str) -> None:
+        if not self.is_on:
+            return
+        self.unwritten += f"{line}\n".encode(errors="backslashreplace")
+        try:
+            while self.unwritten:
+                n_written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[n_written:]
+        except OSError as error:
+            if not self.has_warned:
+                show(f"warning: log {self.path} cannot be written ({error.strerror}): make room there", sys.stderr)
+            self.has_warned = True
+
+    def close(self) -> None:
+        """Raises OSError if the end of the log could not be written."""
+        if not self.is_on:
+            return
+        self.file.close()
+        if self.unwritten:
+            raise OSError(f"log {self.path} lacks its last {len(self.unwritten)} bytes: copy them from the screen")
+
+
+def show(line: str, stream: TextIO | None) -> None:
+    """Print a line as well as the screen can show it. One that is gone, as after `| head`, is given up quietly."""
+    if stream is None:
+        return
+    text = line.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        # What the stream still holds would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def key_values(values: Mapping[str, Any]) -> str:
@@ -474,11 +707,40 @@ def key_values(values: Mapping[str, Any]) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically: under its name stands all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file atomically: under its name stands all of it, or what was there before. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path} cannot be written ({error.strerror}): make room there, or name another folder") from None
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs from writing artifacts into a folder until this process ends.
+
+    Raises ValueError if another run has locked it, OSError if no file can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"ARTIFACT_DIR={folder} is in use: another run is going to write its artifact there. Set ARTIFACT_DIR to "
+            "another folder, or wait"
+        ) from None
+    except OSError:
+        # Some network disks know no locks, like Windows. There a run notices at its end if its artifact was replaced.
+        pass
 
 
 def proc_value(file: str, key: str) -> str:
@@ -522,6 +784,7 @@ class Run:
     world: World
     ledger: Ledger
     log0: Log
+    compiled: bool = False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1641,7 +1904,6 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
                 f"train_loss is {train_loss} at step {progress.step + 1} (last good {progress.train_loss:.4f}): "
                 f"lower the learning rates (MATRIX_LR={hp.matrix_lr} ...) or set GRAD_CLIP_NORM=1"
             )
-            run.log0(message)
             raise FloatingPointError(message)
 
         # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
@@ -2012,6 +2274,7 @@ ANS_LANES = 2048  # at most; of a matrix with more rows, one band of rows is cod
 LANE_LOW = 2**16  # a lane holds a number from here to 2**32 - 1, and starts here
 N_CLASSES = 64
 N_SYMBOLS = 256  # code + 128
+FREQUENCY_BYTES = 2 * N_CLASSES * N_SYMBOLS  # of the table of frequencies, in the payload
 
 
 def row_classes(codes: np.ndarray) -> np.ndarray:
@@ -2072,51 +2335,62 @@ def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.nda
     return lanes[:n_used].astype("<u4").tobytes() + b"".join(reversed(words))
 
 
-def decode_words(
-    data: bytes, shapes: list[tuple[int, int]], classes: list[np.ndarray], frequencies: np.ndarray
-) -> list[np.ndarray]:
-    """Symbols (R, C) of each band. Raises ValueError for words that encode_words did not make."""
-    n_used = max(rows for rows, _ in shapes)
-    if len(data) < 4 * n_used or len(data) % 2:
+class CodedRows(NamedTuple):
+    """Rows that are decoded side by side: those of a band whose codes are not known beforehand."""
+
+    lanes: np.ndarray  # (R,) int64: the lane of each row
+    classes: np.ndarray  # (R,) int64
+    n_columns: int
+
+
+def certain_symbols(frequencies: np.ndarray) -> np.ndarray:
+    """The only symbol of each class that has just one, else -1. (N_CLASSES, N_SYMBOLS) -> (N_CLASSES,) int64
+
+    Such codes take no bits. They need no decoding either, so that rows of zeros cost nothing.
+    """
+    is_certain = frequencies.max(axis=1) == 2**ANS_BITS
+    return np.where(is_certain, frequencies.argmax(axis=1), -1)
+
+
+def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the symbols (R,) uint8 of one column after another, band after band.
+
+    Raises ValueError for words that encode_words did not make, at the latest when all columns are read.
+    """
+    if len(data) < 4 * n_lanes or len(data) % 2:
         raise ValueError("its words are cut short")
-    if max(int(band.max()) for band in classes) >= N_CLASSES:
-        raise ValueError(f"it has classes of rows that are not below {N_CLASSES}")
-    if not np.isin(frequencies.sum(axis=1), (0, 2**ANS_BITS)).all():
-        raise ValueError("its frequencies do not sum to 1")
-    lanes = np.frombuffer(data, "<u4", n_used).astype(np.uint64)
-    words = np.frombuffer(data, "<u2", offset=4 * n_used)
+    lanes = np.frombuffer(data, "<u4", n_lanes).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * n_lanes).astype(np.int64)
     n_read = 0
 
     # The low bits of a lane tell the symbol: each has as many slots as its frequency says.
-    frequency_of = frequencies.astype(np.uint64).ravel()
-    start_of = (frequencies.cumsum(axis=1) - frequencies).astype(np.uint64).ravel()
+    frequency_of = frequencies.ravel()
+    start_of = (frequencies.cumsum(axis=1) - frequencies).ravel()
     symbol_at = np.zeros((len(frequencies), 2**ANS_BITS), np.uint8)
     for slots, row in zip(symbol_at, frequencies, strict=True):
         slots[: row.sum()] = np.repeat(np.arange(N_SYMBOLS, dtype=np.uint8), row)
     symbol_at = symbol_at.ravel()
 
-    bands = []
-    for (n_rows, n_columns), band_classes in zip(shapes, classes, strict=True):
-        x = lanes[:n_rows]
-        first_slot = band_classes.astype(np.int64) << ANS_BITS
-        first_symbol = band_classes.astype(np.int64) * N_SYMBOLS
-        symbols = np.empty((n_columns, n_rows), np.uint8)
-        for j in range(n_columns):
-            slot = x & np.uint64(2**ANS_BITS - 1)
-            symbols[j] = symbol_at[first_slot + slot.astype(np.int64)]
-            place = first_symbol + symbols[j]
-            x[:] = frequency_of[place] * (x >> np.uint64(ANS_BITS)) + slot - start_of[place]
+    for band in bands:
+        x = lanes[band.lanes]
+        first_slot = band.classes << ANS_BITS
+        first_symbol = band.classes * N_SYMBOLS
+        for _ in range(band.n_columns):
+            slot = x & (2**ANS_BITS - 1)
+            symbols = symbol_at[first_slot + slot]
+            place = first_symbol + symbols
+            x = frequency_of[place] * (x >> ANS_BITS) + slot - start_of[place]
 
             low = np.flatnonzero(x < LANE_LOW)
             if n_read + len(low) > len(words):
                 raise ValueError("its words are cut short")
-            x[low] = x[low] << np.uint64(16) | words[n_read : n_read + len(low)]
+            x[low] = x[low] << 16 | words[n_read : n_read + len(low)]
             n_read += len(low)
-        bands.append(symbols.T)
+            yield symbols
+        lanes[band.lanes] = x
 
     if n_read < len(words) or not (lanes == LANE_LOW).all():
         raise ValueError("its words do not end where they should")
-    return bands
 
 
 # -- File ------------------------------------------------------------------------------------------------------------
@@ -2136,9 +2410,18 @@ ARTIFACT_FORMAT = 5
 ARTIFACT_PREFIX = struct.Struct("<8sII")
 ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
 
-# Caps on what a file may make us allocate.
-MAX_PARAMETERS = 2**28
+# Caps on what a file may make us allocate and compute. Each allows something to every file, enough for a model of zeros
+# in the shape of the record, and more to a larger one. No run writes a file that holds so much in so few bytes.
 MAX_HEADER_BYTES = 2**20
+MAX_PARAMETERS = 2**28
+SMALL_FILE_PARAMETERS = 2**26
+PARAMETERS_PER_BYTE = 64
+# Of decoding. A step along the columns costs about as much as 1024 codes.
+STEP_WORK = 1024
+SMALL_FILE_WORK = 2**25
+WORK_PER_BYTE = 128
+# So many codes can be kept before it is certain that all words make sense.
+UNCHECKED_CODES = 2**25
 
 
 class StoredTensor(NamedTuple):
@@ -2251,12 +2534,55 @@ class Header(NamedTuple):
 
 
 class ArtifactParts(NamedTuple):
-    """An artifact, taken apart."""
+    """An artifact, taken apart. Its checksum, the sizes of its parts and its scales have been checked."""
 
     header: Header
     table: list[StoredTensor]
-    payload: bytes
+    payload: bytes  # as it lies in the file, compressed
     words: bytes
+    path: Path
+    n_bytes: int
+    sha256: str
+
+
+class Inflater:
+    """Reads a zlib stream piece by piece, so that little of it is held."""
+
+    STREAM_PIECE = 2**8  # bytes, which stand for 264 kB at most
+    SKIP_PIECE = 2**16  # bytes
+
+    def __init__(self, stream: bytes) -> None:
+        self.stream = stream
+        self.n_taken = 0  # of its bytes
+        self.unpacker = zlib.decompressobj()
+        self.ready = bytearray()
+
+    def fill(self, n_bytes: int) -> None:
+        """Have this many bytes ready, or all that are left."""
+        while len(self.ready) < n_bytes and not self.unpacker.eof and self.n_taken < len(self.stream):
+            piece = self.stream[self.n_taken : self.n_taken + self.STREAM_PIECE]
+            self.n_taken += len(piece)
+            self.ready += self.unpacker.decompress(piece)
+
+    def read(self, n_bytes: int) -> bytes:
+        """The next bytes. Raises ValueError if the stream ends before."""
+        self.fill(n_bytes)
+        if len(self.ready) < n_bytes:
+            raise ValueError("it has a payload of another size than its header says")
+        data = bytes(self.ready[:n_bytes])
+        del self.ready[:n_bytes]
+        return data
+
+    def skip(self, n_bytes: int) -> None:
+        for start in range(0, n_bytes, self.SKIP_PIECE):
+            self.read(min(self.SKIP_PIECE, n_bytes - start))
+
+    def finish(self) -> int:
+        """The length of the stream in bytes. Raises ValueError if it holds anything more, or is cut short."""
+        self.fill(1)
+        if self.ready or not self.unpacker.eof:
+            raise ValueError("it has a payload of another size than its header says")
+        return self.n_taken - len(self.unpacker.unused_data)
 
 
 def parse_header(text: bytes) -> Header:
@@ -2290,9 +2616,14 @@ def parse_header(text: bytes) -> Header:
 
 
 def read_artifact(path: Path) -> ArtifactParts:
-    """Take an artifact apart. Nothing is read or allocated before its size is known to be bounded."""
-    if not path.is_file():
+    """Take an artifact apart. Nothing is read or allocated before its size is known to be bounded.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, of another format, or lies about its content.
+    """
+    if not path.exists():
         raise FileNotFoundError(f"artifact {str(path)!r} does not exist: train first, or name another file")
+    if not path.is_file():
+        raise ValueError(f"artifact {str(path)!r} is not a regular file: name the file that a run wrote")
     with path.open("rb") as file:
         prefix = file.read(ARTIFACT_PREFIX.size)
         if len(prefix) < ARTIFACT_PREFIX.size or not prefix.startswith(ARTIFACT_MAGIC):
@@ -2302,40 +2633,70 @@ def read_artifact(path: Path) -> ArtifactParts:
             raise ValueError(f"{path} is damaged (header of {header_bytes} bytes): copy or make it again")
 
         text = file.read(header_bytes)
+        n_bytes = path.stat().st_size
         try:
             header = parse_header(text)
-            with torch.device("meta"):
-                model = GPT(header.config)
+            table = check_shape(header, n_bytes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
             raise ValueError(f"{path} has a header that describes no model for this script: {error!s:.600}") from None
-        n_parameters = sum(p.numel() for p in model.parameters())
-        if n_parameters > MAX_PARAMETERS:
-            raise ValueError(f"{path} describes {n_parameters} parameters, more than any artifact holds")
 
-        table = tensor_table(model, header.codec)
+        # zlib never needs more than this for the payload, and a code takes at most one word.
         payload_bytes = sum(tensor.n_bytes for tensor in table)
-        # zlib never needs more than this for `payload_bytes`, and a code takes at most one word.
         most_bytes = file.tell() + payload_bytes + payload_bytes // 1000 + 1024
         if header.codec == "trellis_ans":
-            payload_bytes += 2 * N_CLASSES * N_SYMBOLS
             n_codes = sum(math.prod(tensor.shape) for tensor in table if tensor.kind == "codes")
-            most_bytes += 2 * N_CLASSES * N_SYMBOLS + 4 * ANS_LANES + 2 * n_codes
-        if path.stat().st_size > most_bytes:
+            most_bytes += FREQUENCY_BYTES + 4 * ANS_LANES + 2 * n_codes
+        if n_bytes > most_bytes:
             raise ValueError(f"{path} has more bytes than its header describes: make it again")
-        body = file.read()
+        body = file.read(n_bytes)
 
     if zlib.crc32(body, zlib.crc32(text)) != crc32:
         raise ValueError(f"{path} is damaged (checksum): copy or make it again")
-    unpacker = zlib.decompressobj()
     try:
-        payload = unpacker.decompress(body, payload_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or make it again") from None
-    words = unpacker.unused_data
-    is_whole = len(payload) == payload_bytes and unpacker.eof
-    if not is_whole or (words and header.codec == "int8_zlib"):
-        raise ValueError(f"{path} has a payload of another size than its header says: make it again")
-    return ArtifactParts(header, table, payload, words)
+        payload_end = check_payload(body, table, header.codec)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+    sha256 = hashlib.sha256(prefix + text + body).hexdigest()
+    return ArtifactParts(header, table, body[:payload_end], body[payload_end:], path, n_bytes, sha256)
+
+
+def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
+    """The tensors of a header's model. Raises ValueError if no file of `n_bytes` holds so many parameters."""
+    with torch.device("meta"):
+        model = GPT(header.config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if n_parameters > min(MAX_PARAMETERS, SMALL_FILE_PARAMETERS + PARAMETERS_PER_BYTE * n_bytes):
+        raise ValueError(f"{n_parameters} parameters are more than an artifact of {n_bytes} bytes holds")
+    return tensor_table(model, header.codec)
+
+
+def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
+    """Walk through the payload at the start of `body` without keeping it. -> where it ends
+
+    Raises ValueError for a payload of another size than its tensors have, and for values that are not finite.
+    """
+    inflater = Inflater(body)
+    not_finite = ""
+    for tensor in table:
+        if tensor.kind == "float32":
+            values = np.frombuffer(inflater.read(tensor.n_bytes), "<f4")
+        elif tensor.kind == "int8_rows":
+            values = np.frombuffer(inflater.read(2 * tensor.n_rows), "<f2")  # the scales
+            inflater.skip(math.prod(tensor.shape))
+        else:
+            values = np.empty(0)
+            inflater.skip(tensor.n_bytes)
+        if not np.isfinite(values).all():
+            not_finite = tensor.name
+    if codec == "trellis_ans":
+        inflater.skip(FREQUENCY_BYTES)
+
+    payload_end = inflater.finish()
+    if codec == "int8_zlib" and payload_end < len(body):
+        raise ValueError("it has more bytes than its header describes")
+    if not_finite:
+        raise ValueError(f"it has a value in {not_finite} that is not finite")
+    return payload_end
 
 
 def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
@@ -2350,61 +2711,83 @@ def read_tensor(data: bytes, tensor: StoredTensor) -> Tensor:
 
 
 def decode_layers(
-    parts: ArtifactParts, exponents: dict[str, np.ndarray], classes: dict[str, np.ndarray]
+    parts: ArtifactParts, exponents: dict[str, np.ndarray], classes: dict[str, np.ndarray], frequencies: np.ndarray
 ) -> dict[str, Tensor]:
     """The weights that are stored as codes, by name. Raises ValueError for words or frequencies that make no sense."""
-    frequencies = np.frombuffer(parts.payload[-2 * N_CLASSES * N_SYMBOLS :], "<u2").astype(np.int64)
-    columns = {tensor.name: tensor.shape[-1] for tensor in parts.table}
-    bands = bands_of(parts.table)
-    symbols = decode_words(
-        parts.words,
-        shapes=[(rows.stop - rows.start, columns[name]) for name, rows in bands],
-        classes=[classes[name][rows] for name, rows in bands],
-        frequencies=frequencies.reshape(N_CLASSES, N_SYMBOLS),
-    )
-
-    by_name: dict[str, list[np.ndarray]] = {name: [] for name in exponents}
-    for (name, _), band in zip(bands, symbols, strict=True):
-        by_name[name].append(band)
+    symbols = decode_symbols(parts, classes, frequencies)
     weights = {}
-    for name, layer_bands in by_name.items():
-        codes = from_symbols(np.concatenate(layer_bands))
+    for name, layer_symbols in symbols.items():
+        codes = from_symbols(layer_symbols)
         quantizers = quantizers_along(codes, TRELLISES[parts.header.states])
         step = row_steps(parts.header.step, exponents[name])
         weights[name] = dequantize(torch.from_numpy(codes), torch.from_numpy(quantizers), step)
     return weights
 
 
-@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused below
-def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
-    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+def decode_symbols(
+    parts: ArtifactParts, classes: dict[str, np.ndarray], frequencies: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The symbols (R, C) uint8 of each matrix, by name. Raises ValueError for those that no run writes."""
+    if max(int(rows.max()) for rows in classes.values()) >= N_CLASSES:
+        raise ValueError(f"it has classes of rows that are not below {N_CLASSES}")
+    totals = frequencies.sum(axis=1)
+    if not np.isin(totals, (0, 2**ANS_BITS)).all():
+        raise ValueError("its frequencies do not sum to 1")
+    if not all(totals[rows].all() for rows in classes.values()):
+        raise ValueError("it has rows of a class without symbols")
 
-    Its activations have the dtype that its config names, or `compute_dtype` if that is given. Raises FileNotFoundError,
-    or ValueError for a file that is damaged, of another format, or lies about its content. Reads data only, runs no
-    code, and takes no more memory than the header declares, which is bounded.
-    """
-    parts = read_artifact(Path(path))
+    only_symbol = certain_symbols(frequencies)
+    columns = {tensor.name: tensor.shape[-1] for tensor in parts.table}
+    bands = bands_of(parts.table)
+    n_lanes = max(rows.stop - rows.start for _, rows in bands)
+    uncertain = []
+    for name, rows in bands:
+        band_classes = classes[name][rows].astype(np.int64)
+        lanes = np.flatnonzero(only_symbol[band_classes] < 0)
+        uncertain.append(CodedRows(lanes, band_classes[lanes], columns[name] if len(lanes) else 0))
+    n_codes = sum(len(rows.lanes) * rows.n_columns for rows in uncertain)
+    n_steps = sum(rows.n_columns for rows in uncertain)
+    if n_codes + STEP_WORK * n_steps > SMALL_FILE_WORK + WORK_PER_BYTE * parts.n_bytes:
+        raise ValueError(f"it describes {n_codes} codes in {parts.n_bytes} bytes, which no run does")
+
+    if n_codes > UNCHECKED_CODES + parts.n_bytes:
+        for _ in decode_words(parts.words, n_lanes, uncertain, frequencies):
+            pass
+    one_column_after_another = decode_words(parts.words, n_lanes, uncertain, frequencies)
+    decoded = [list(itertools.islice(one_column_after_another, rows.n_columns)) for rows in uncertain]
+    # Only when it is asked for more does the decoder see whether the words end here.
+    next(one_column_after_another, None)
+
+    symbols = {}
+    for name, of_rows in classes.items():
+        symbols[name] = np.repeat(only_symbol[of_rows].astype(np.uint8)[:, None], columns[name], axis=1)
+    for (name, rows), coded, band in zip(bands, uncertain, decoded, strict=True):
+        if band:
+            symbols[name][rows][coded.lanes] = np.stack(band, axis=1)
+    return symbols
+
+
+@np.errstate(all="ignore")  # numpy would warn of hostile values, which are refused
+def build_model(parts: ArtifactParts, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
+    """The model of an artifact, as load_artifact returns it. Raises ValueError for codes that make no sense."""
     weights = dict[str, Tensor]()
     exponents = dict[str, np.ndarray]()
     classes = dict[str, np.ndarray]()
-    offset = 0
+    payload = Inflater(parts.payload)
     for tensor in parts.table:
-        data = parts.payload[offset : offset + tensor.n_bytes]
-        offset += tensor.n_bytes
+        data = payload.read(tensor.n_bytes)
         if tensor.kind == "codes":
             exponents[tensor.name] = np.frombuffer(data, np.uint8, tensor.n_rows)
             classes[tensor.name] = np.frombuffer(data, np.uint8, offset=tensor.n_rows)
         else:
             weights[tensor.name] = read_tensor(data, tensor)
     if exponents:
+        frequencies = np.frombuffer(payload.read(FREQUENCY_BYTES), "<u2").astype(np.int64)
         try:
-            weights |= decode_layers(parts, exponents, classes)
+            weights |= decode_layers(parts, exponents, classes, frequencies.reshape(N_CLASSES, N_SYMBOLS))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
+            raise ValueError(f"{parts.path} is damaged, {error}: copy or make it again") from None
 
-    for name, value in weights.items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{path} has a value in {name} that is not finite: make it again")
     config = parts.header.config
     if compute_dtype:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
@@ -2412,6 +2795,16 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
+
+
+def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_dtype: str = "") -> GPT:
+    """Rebuild the model that is scored: dequantized, float32 weights, in eval mode.
+
+    Its activations have the dtype that its config names, or `compute_dtype` if that is given. Raises FileNotFoundError,
+    or ValueError for a file that is damaged, of another format, or lies about its content. Reads data only, runs no
+    code, and takes no more memory than the header declares, which is bounded by the size of the file.
+    """
+    return build_model(read_artifact(Path(path)), device, compute_dtype)
 
 
 # -- Size ------------------------------------------------------------------------------------------------------------
@@ -2561,18 +2954,15 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     stream = TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin")
     loader = Loader(stream, hp, config.vocab_size, world)
     if world.rank == 0:
-        # Now, not after training, is the time to learn that the place cannot be written. The file that an earlier run
-        # left there must not be taken for this one's.
-        write_file(path, b"")
-        path.unlink()
+        # Now, not after training, is the time to learn that the place cannot be written.
+        lock_folder(path.parent)
     dataset = Path(hp.data_path).name
     run.log0(f"train_loader:dataset:{dataset} train_shards:{len(stream.files)} train_tokens:{len(stream)}")
 
     model = GPT(config)
     init_weights(model, hp)
     model.to(world.device)
-    compiled = wants_compile(hp, world.device)
-    loss_fn, forward = compile_model(model, compiled)
+    loss_fn, forward = compile_model(model, run.compiled)
     learner = Learner(model, loss_fn, build_optimizers(model, hp, world))
 
     run.ledger.switch("compile")
@@ -2583,10 +2973,10 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
         "grad_accum_steps": len(loader.batch(0)),
         "micro_batch_sequences": loader.micro_sequences,
     }
-    run.log0(key_values({**sizes, "compiled": compiled}))
+    run.log0(key_values({**sizes, "compiled": run.compiled}))
     shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
     run.log0(key_values({name: getattr(hp, name) for name in shown}))
-    if compiled:
+    if run.compiled:
         prime(learner, loader, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), run)
 
     def validate(looping: bool) -> Score:
@@ -2600,66 +2990,106 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     run.ledger.switch("quantize")
     if world.rank == 0:
         packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
-        write_file(path, packed)
+        save_artifact(path, packed, hp)
+        results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
     world.agree(0.0)  # the other ranks wait for the file
     return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(stream)}
 
 
-def score_artifact(run: Run, split: ValSplit, path: Path) -> Score:
-    """Score what is rebuilt from the disk, and nothing else."""
-    run.ledger.switch("load")
-    model = load_artifact(path, run.world.device, run.config.compute_dtype)
-    compiled = wants_compile(run.hp, run.world.device)
-    _, forward = compile_model(model, compiled)
+def save_artifact(path: Path, packed: bytes, hp: Hyperparameters) -> None:
+    """Write the artifact. If its folder does not take it, keep it in another, and raise an OSError that says where."""
+    try:
+        write_file(path, packed)
+    except OSError as error:
+        for folder in (Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()):
+            kept = folder.resolve() / f"{hp.run_id}.{path.name}"
+            with contextlib.suppress(OSError):
+                write_file(kept, packed)
+                break
+        else:
+            raise OSError(f"{error}. No other folder took it either, the artifact is lost") from None
+        raise OSError(f"{error}. The artifact is in {kept} instead: score it with EVAL_ARTIFACT={kept}") from None
+
+
+def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
+    """Score what is rebuilt from the file, and nothing else."""
+    model = build_model(parts, run.world.device, run.config.compute_dtype)
+    _, forward = compile_model(model, run.compiled)
     run.ledger.switch("evaluate")
     score = evaluate(forward, split, model.config, run.hp.val_batch_size, run.world)
     run.ledger.switch("report")
     return score
 
 
-def report(run: Run, results: dict[str, Any], path: Path) -> bool:
-    """Log memory, seconds and bytes, and write the run's JSON. -> whether the bytes are within the limit"""
+def report(run: Run, results: dict[str, Any], parts: ArtifactParts) -> dict[str, Any]:
+    """Log memory, seconds and bytes. -> the results with these"""
     hp = run.hp
     log0 = run.log0
     memory, reserved = peak_memory_mib(run.world.device)
     bytes_code = Path(__file__).stat().st_size
-    bytes_artifact = path.stat().st_size
-    bytes_total = bytes_code + bytes_artifact
-    artifact_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    bytes_total = bytes_code + parts.n_bytes
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in run.ledger.spent.items()}
     results = {
         **results,
         "bytes_code": bytes_code,
-        "bytes_artifact": bytes_artifact,
+        "bytes_artifact": parts.n_bytes,
         "bytes_total": bytes_total,
-        "artifact_sha256": artifact_sha256,
+        "artifact_sha256": parts.sha256,
         **seconds,
         "peak_memory_mib": memory,
     }
-    if run.world.rank == 0:
-        text = json.dumps(results, indent=1, allow_nan=False)
-        write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
 
     codec = hp.codec.replace("_", "+")
     log0(f"peak memory allocated: {memory} MiB reserved: {reserved} MiB")
     log0(f"ledger {key_values(seconds)} counted:seconds_train,seconds_calibrate")
     shown = ("tokens_per_second", "untrained_val_bpb", "pre_quant_val_bpb", "val_bpb", "partial")
     log0(key_values({key: round(results[key], 4) for key in shown if key in results}))
-    log0(f"Serialized model {codec}: {bytes_artifact} bytes (artifact_sha256:{artifact_sha256})")
+    log0(f"Serialized model {codec}: {parts.n_bytes} bytes (artifact_sha256:{parts.sha256})")
     log0(f"Code size: {bytes_code} bytes")
     log0(f"Total submission size {codec}: {bytes_total} bytes")
     if bytes_total > hp.max_total_bytes:
         log0(f"OVER THE LIMIT: bytes_total:{bytes_total} exceeds MAX_TOTAL_BYTES={hp.max_total_bytes}")
-    return bytes_total <= hp.max_total_bytes
+    return results
+
+
+# Of these one line says what is wrong and what to do. Anything else ends with a traceback.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main() -> int:
     """One run, from settings to score. -> exit status: 0, or 3 if code and artifact do not fit MAX_TOTAL_BYTES"""
-    world = start_world()
+    if len(sys.argv) > 1:
+        raise ValueError(
+            f"arguments {sys.argv[1:]!r:.200} are not read: settings are environment variables, as in "
+            "NUM_LAYERS=7 python train_gpt.py"
+        )
+    world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
-    log0 = open_log(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
-    run = Run(config, hp, world, ledger, log0)
+    log0 = RunLog(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
+
+    try:
+        results = train_and_score(Run(config, hp, world, ledger, log0))
+        if world.rank == 0:
+            text = json.dumps(results, indent=1, allow_nan=False)
+            write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
+        log0.close()
+    except BaseException as error:
+        is_expected = isinstance(error, EXPECTED_ERRORS)
+        log0.to_file(f"error: {error}" if is_expected else traceback.format_exc())
+        raise
+    if world.size > 1:
+        dist.destroy_process_group()
+    return 0 if results["bytes_total"] <= hp.max_total_bytes else 3
+
+
+def train_and_score(run: Run) -> dict[str, Any]:
+    """Train, or take EVAL_ARTIFACT, and score. Logs it all. -> results by log key"""
+    config = run.config
+    hp = run.hp
+    world = run.world
+    ledger = run.ledger
+    log0 = run.log0
 
     changed = changed_settings(config, hp, os.environ)
     log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(f'{name}={v}' for name, v in changed.items())}")
@@ -2691,13 +3121,20 @@ def main() -> int:
     log0(key_values(identity))
 
     results = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
+    ledger.switch("compile")
+    run = dataclasses.replace(run, compiled=wants_compile(hp, world, log0))
+    ledger.switch("startup")
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
     else:
         path = Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec])
         results |= train_and_store(run, split, path)
 
-    score = score_artifact(run, split, path)
+    ledger.switch("load")
+    parts = read_artifact(path)
+    if results.get("artifact_sha256", parts.sha256) != parts.sha256:
+        raise ValueError(f"{path} is not what this run wrote, another replaced it: give each run its own ARTIFACT_DIR")
+    score = score_artifact(run, split, parts)
     results |= {
         "val_loss": score.val_loss,
         "val_bpb": score.val_bpb,
@@ -2705,21 +3142,18 @@ def main() -> int:
         "scored_tokens": score.tokens,
         "scored_bytes": score.bytes,
     }
-    within_limit = report(run, results, path)
+    results = report(run, results, parts)
     milliseconds = 1000 * ledger.spent["evaluate"]
     log0(f"final_{hp.codec}_roundtrip {score.line(4)} eval_time:{milliseconds:.0f}ms {counted}")
     log0(f"final_{hp.codec}_roundtrip_exact {score.line(8)} {key_values(method)} {counted}")
-    if world.size > 1:
-        dist.destroy_process_group()
-    return 0 if within_limit else 3
+    return results
 
 
 if __name__ == "__main__":
     try:
         status = main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except EXPECTED_ERRORS as error:
         sys.exit(f"error: {error}")
-    sys.stdout.flush()
     if "RANK" in os.environ:
         os._exit(status)  # skips the interpreter's shutdown, in which a thread of gloo now and then aborts
     sys.exit(status)

@@ -187,9 +187,17 @@ def encode(bands: list[np.ndarray]) -> Encoded:
 
 def decode(encoded: Encoded, like: list[np.ndarray]) -> list[list[list[int]]]:
     """The codes of bands with the shapes of `like`."""
-    shapes = [codes.shape for codes in like]
-    bands = tg.decode_words(encoded.words, shapes, encoded.classes, encoded.frequencies)
-    return [tg.from_symbols(symbols).tolist() for symbols in bands]
+    bands = []
+    for codes, classes in zip(like, encoded.classes, strict=True):
+        bands.append(tg.CodedRows(np.arange(len(codes)), classes.astype(np.int64), codes.shape[1]))
+    n_lanes = max(len(codes) for codes in like)
+    columns = list(tg.decode_words(encoded.words, n_lanes, bands, encoded.frequencies))
+    decoded = []
+    for codes in like:
+        symbols = np.stack(columns[: codes.shape[1]], axis=1)
+        del columns[: codes.shape[1]]
+        decoded.append(tg.from_symbols(symbols).tolist())
+    return decoded
 
 
 @settings(max_examples=60)

@@ -26,7 +26,7 @@ PUBLISHED_SETTINGS = (
     "ROPE_BASE=10000 LOGIT_SOFTCAP=30 BOS_ID=1 EVAL_METHOD=flat EVAL_SEQ_LEN=0 EVAL_STRIDE=0 SEED=1337 "
     "TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 ITERATIONS=20000 WARMDOWN_ITERS=1200 WARMUP_STEPS=20 "
     "MAX_WALLCLOCK_SECONDS=600 VAL_BATCH_SIZE=524288 VAL_LOSS_EVERY=1000 TRAIN_LOG_EVERY=200 GRAD_CLIP_NORM=0 "
-    "TIED_EMBED_INIT_STD=0.005 QK_GAIN_INIT=1.5 EMBED_LR=0.6 HEAD_LR=0.008 TIED_EMBED_LR=0.05 MATRIX_LR=0.04 "
+    "TIED_EMBED_INIT_STD=0.005 QK_GAIN_INIT=1.5 TIED_EMBED_LR=0.05 MATRIX_LR=0.04 "
     "SCALAR_LR=0.04 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 "
     "MUON_BACKEND_STEPS=5 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 MAX_TOTAL_BYTES=16000000 CODEC=int8_zlib"
 )
@@ -291,3 +291,130 @@ def test_variables_of_launcher_and_libraries_pass():
         "SHELL USER PWD LANG TERM _ CC CXX SLURM_JOB_ID"
     )
     assert read(**dict.fromkeys(names.split(), "1")) == read()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("SEQ_LEN", "TRAIN_SEQ_LEN"),
+        ("BATCH_SIZE", "TRAIN_BATCH_TOKENS"),
+        ("LEARNING_RATE", "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR"),
+        ("LR", "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR"),
+        ("MAX_STEPS", "ITERATIONS"),
+        ("N_LAYER", "NUM_LAYERS"),
+        ("N_EMBD", "MODEL_DIM"),
+        ("EMBED_LR", "TIED_EMBED_LR"),
+        ("HEAD_LR", "TIED_EMBED_LR"),
+        ("TORCH_COMPILE", "COMPILE"),
+    ],
+)
+def test_setting_of_another_script_is_refused_and_ours_named(name, ours):
+    """It would be ignored, and the defaults trained instead."""
+    for spelling in (name, name.lower(), name.title()):
+        with pytest.raises(ValueError, match=rf"^{spelling}='1e-9' .*say {ours}, or unset it$"):
+            read(**{spelling: "1e-9"})
+
+
+@pytest.mark.parametrize("name", ["TTT_ENABLED", "ttt_lr", "SWA_EVERY", "BIGRAM_VOCAB_SIZE", "DROPOUT", "init_from"])
+def test_setting_for_what_this_script_cannot_do_is_refused(name):
+    with pytest.raises(ValueError, match=rf"^{name}='1' .*does not have: unset it$"):
+        read(**{name: "1"})
+
+
+def test_names_of_other_scripts_lead_to_settings_and_are_none():
+    names = [name for theirs in tg.NAMES_ELSEWHERE.values() for name in theirs.split()]
+    assert len(names) == len(set(names))
+    assert not SETTINGS & {*names, *tg.ABSENT.split()}
+    assert not [name for name in SETTINGS if name.startswith(tg.ABSENT_PREFIXES)]
+    ours = re.findall(r"[A-Z][A-Z\d_]+", " ".join(tg.NAMES_ELSEWHERE))
+    assert set(ours) - SETTINGS == {"CUDA_VISIBLE_DEVICES"}
+
+
+@given(st.sampled_from(sorted(SETTINGS | {"TIE_EMBEDDINGS"})), st.data())
+def test_setting_in_another_case_or_without_underscores_is_refused(right, data):
+    letters = [letter.lower() if data.draw(st.booleans()) else letter for letter in right]
+    wrong = "".join(letters)
+    if data.draw(st.booleans()):
+        wrong = wrong.replace("_", data.draw(st.sampled_from(["", "-"])))
+    assume(wrong != right)
+    with pytest.raises(ValueError, match=rf"^{wrong}='1' is not a setting: say .*\b{right}\b"):
+        read(**{wrong: "1"})
+
+
+def test_variables_of_shells_and_ci_pass():
+    names = (
+        "PATH HOME SHELL USER LOGNAME PWD OLDPWD LANG LC_ALL LC_CTYPE TERM TERM_PROGRAM COLORTERM COLUMNS LINES EDITOR "
+        "VISUAL PAGER MAIL HOSTNAME HISTSIZE DISPLAY TMPDIR TEMP TZ SHLVL PS1 DEBUG VERBOSE NO_COLOR CI CC CXX CFLAGS "
+        "CXXFLAGS LDFLAGS MAKEFLAGS GITHUB_RUN_ID GITHUB_SHA RUNNER_OS GITLAB_CI CI_JOB_ID CI_COMMIT_SHA BUILD_ID "
+        "BUILD_NUMBER JOB_NAME NODE_NAME WORKSPACE VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHASHSEED "
+        "HF_HOME HF_TOKEN WANDB_API_KEY WANDB_PROJECT XDG_CACHE_HOME SSH_TTY http_proxy https_proxy no_proxy all_proxy "
+        "npm_config_cache npm_config_loglevel SLURM_NTASKS SLURM_PROCID KUBERNETES_PORT TRITON_CACHE_DIR"
+    )
+    assert read(**dict.fromkeys(names.split(), "1")) == read()
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "5",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_launcher_places_this_process():
+    assert tg.read_launcher(TORCHRUN) == (5, 16, 5)
+    assert tg.read_launcher({}) == (0, 1, 0)
+    assert tg.read_launcher({"MASTER_ADDR": "node0", "MASTER_PORT": "1234", "SLURM_PROCID": "3"}) == (0, 1, 0)
+
+
+@given(st.sampled_from(sorted(TORCHRUN)))
+def test_launcher_variable_that_is_missing_is_named(name):
+    env = {key: value for key, value in TORCHRUN.items() if key != name}
+    if name == "LOCAL_WORLD_SIZE":  # which other launchers do not set
+        assert tg.read_launcher(env) == (5, 16, 5)
+        return
+    names = "RANK" if name == "WORLD_SIZE" else name
+    with pytest.raises(ValueError, match=rf"\b{names}\b.*start with torchrun, or unset "):
+        tg.read_launcher(env)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        "RANK=1",
+        "RANK=",
+        "RANK=abc",
+        "RANK=-1",
+        "RANK=1.0",
+        "RANK=²",
+        f"RANK={'9' * 5000}",
+        "RANK=1 WORLD_SIZE=1",
+        "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1",
+        "WORLD_SIZE=0",
+        "WORLD_SIZE=",
+        "WORLD_SIZE=2",
+        "WORLD_SIZE=two",
+        "LOCAL_RANK=1",
+        "LOCAL_WORLD_SIZE=0",
+        "LOCAL_WORLD_SIZE=4",
+        "MASTER_PORT=0",
+        "MASTER_PORT=http",
+        "MASTER_ADDR=",
+    ],
+)
+def test_launcher_variables_left_in_the_shell_are_refused_by_name_and_value(env):
+    """They would train to the end and then fail, or wait for ranks that never come."""
+    variables = dict(item.split("=") for item in env.split())
+    name, value = next(iter(variables.items()))
+    with pytest.raises(ValueError, match=rf"^{name}='?{value[:90]}.*start with torchrun, or unset {name}"):
+        tg.read_launcher(variables)
+
+
+def test_ranks_that_cannot_meet_are_told_where_they_were_sent():
+    env = {**TORCHRUN, "MASTER_ADDR": "nowhere.invalid"}
+    with pytest.raises(ValueError, match=r"^MASTER_ADDR=nowhere.invalid MASTER_PORT=29500 .*torchrun$"):
+        tg.start_world(env)

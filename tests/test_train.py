@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
+import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -537,6 +546,23 @@ def test_sequence_that_does_not_fit_into_a_gpu_is_an_error_that_says_what_to_low
         tg.fit_micro_batch(setup.learner, setup.loader, setup.run)
 
 
+# Fields that enter the arithmetic of a step stand together, from the first to the last of these.
+FIELD_NAMES = [field.name for field in dataclasses.fields(tg.Hyperparameters)]
+OF_STEPS = slice(FIELD_NAMES.index("tied_embed_init_std"), FIELD_NAMES.index("grad_clip_norm") + 1)
+EXTREMES = []
+for field in dataclasses.fields(tg.Hyperparameters)[OF_STEPS]:
+    if type(field.default) is not bool:
+        EXTREMES += [(field.name, limit) for limit in (field.metadata.get("low", 0), field.metadata.get("high", 1e15))]
+
+
+@pytest.mark.parametrize(("name", "value"), EXTREMES)
+def test_every_setting_that_is_accepted_trains(make_setup, name, value):
+    """The limits of a field keep out what divides by zero, overflows or never ends."""
+    kind = type(getattr(tg.Hyperparameters, name))
+    setup = make_setup("record", **{"train_batch_tokens": 64, name: kind(value)})
+    assert all(math.isfinite(loss) for loss in losses(setup, 3))
+
+
 # -- runs of the script ----------------------------------------------------------------------------------------------
 
 
@@ -697,23 +723,26 @@ def test_clock_stops_training_within_the_limit(run_script, data):
     assert len(re.findall(r"^epoch:", run.out, re.MULTILINE)) == n_epochs
 
 
-def test_loss_that_is_not_finite_stops_the_run_without_an_artifact(run_script, tmp_path):
-    """Ten minutes on eight GPUs must not end in a file of NaN, nor in that of an earlier run, which would pass for
-    the result."""
+# Each step multiplies the weights by -10,000.
+DIVERGE = {"MATRIX_LR": "1000", "MUON_WD": "10", "WARMDOWN_ITERS": "0"}
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_older_artifact(run_script, tmp_path):
+    """Ten minutes on eight GPUs must not end in a file of NaN. Who wants the last good file still has it."""
     old = tmp_path / "final_model.int8.ptz"
     old.write_bytes(b"old")
-    run = run_script(MATRIX_LR="1e15", TIED_EMBED_LR="1e15", SCALAR_LR="1e15", ARTIFACT_DIR=str(tmp_path))
+    run = run_script(**DIVERGE, ARTIFACT_DIR=str(tmp_path))
     assert run.status == 1
-    assert re.search(r"error: train_loss is (nan|inf) at step \d+ .*MATRIX_LR=1", run.err)
-    assert re.search(r"^train_loss is (nan|inf) at step", run.log, re.MULTILINE)
-    assert "Traceback" not in run.err
-    assert list(tmp_path.iterdir()) == []
+    [line] = run.err.splitlines()
+    assert re.match(r"error: train_loss is (nan|inf) at step \d+ .*MATRIX_LR=1", line)
+    assert run.log == run.out + run.err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+    assert not (run.folder / "logs" / "run.json").exists()
 
 
 def test_score_that_is_not_finite_stops_the_run(run_script):
     """The last update can break the weights without a training loss that shows it."""
-    rates = {"MATRIX_LR": "1e6", "SCALAR_LR": "1e6", "TIED_EMBED_LR": "1e6", "WARMDOWN_ITERS": "0"}
-    run = run_script(**rates, NUM_LAYERS="6", ITERATIONS="1")
+    run = run_script(**DIVERGE, ITERATIONS="5")
     assert run.status == 1
     assert re.fullmatch("error: val_loss is not finite.*\n", run.err)
     assert run.artifacts == []
@@ -770,6 +799,9 @@ def test_model_of_one_layer_is_trained_saved_and_scored(run_script, codec):
         ({"BETA1": "1.5"}, "BETA1=1.5 must be from 0 to"),
         ({"TOKENIZER_PATH": "nowhere"}, "TOKENIZER_PATH='nowhere' .*build_shards.py"),
         ({"EVAL_ARTIFACT": "nowhere"}, "'nowhere' does not exist"),
+        ({"RANK": "1"}, "RANK='1' .*unset RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set.*unset WORLD_SIZE"),
+        ({"SEQ_LEN": "512"}, "SEQ_LEN='512' .*say TRAIN_SEQ_LEN"),
     ],
     ids=str,
 )
@@ -785,6 +817,283 @@ def test_run_without_its_data_leaves_a_log_of_its_settings(run_script):
     run = run_script(DATA_PATH="nowhere")
     assert run.status == 1
     assert re.fullmatch("error: DATA_PATH='nowhere' .*build_shards.py.*download.py.*\n", run.err)
-    assert run.log == run.out
+    assert run.log == run.out + run.err
     assert run.log.startswith("preset:baseline seed:1337 settings:")
     assert "DATA_PATH=nowhere" in run.log
+
+
+def test_arguments_are_refused(run_script):
+    """Settings of nanoGPT are arguments. Here they would be ignored."""
+    run = run_script(tg.__file__, "--n_layer=7")
+    assert (run.status, run.out) == (1, "")
+    assert re.fullmatch("error: arguments .*--n_layer=7.* environment variables.*\n", run.err)
+
+
+# -- several runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_run_id_that_has_been_used_is_refused(run_script, tmp_path, suffix):
+    """Three seeds under one name would leave one log, and nobody would see that two are missing."""
+    earlier = tmp_path / f"run.{suffix}"
+    earlier.write_text("earlier")
+    run = run_script(OUT_DIR=str(tmp_path))
+    assert (run.status, run.out) == (1, "")
+    assert re.fullmatch(rf"error: RUN_ID=run .*run\.{suffix}: choose another RUN_ID.*\n", run.err)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_two_logs_cannot_be_opened_under_one_name(tmp_path):
+    log = tg.RunLog(tmp_path / "v1.2.txt", tg.World())
+    with pytest.raises(ValueError, match=r"^RUN_ID=v1\.2 "):
+        tg.RunLog(tmp_path / "v1.2.txt", tg.World())
+    tg.RunLog(tmp_path / "v1.2.txt", tg.World(rank=1, size=2))("other ranks write nothing")
+    log("one")
+    log.close()
+    assert (tmp_path / "v1.2.txt").read_text() == "one\n"
+
+
+def test_runs_without_a_run_id_get_different_ones(data):
+    env = {"DATA_PATH": str(data.folder), "TOKENIZER_PATH": str(data.tokenizer), "VOCAB_SIZE": "320"}
+    run_ids = {tg.resolve_settings(env, CPU)[1].run_id for _ in range(3)}
+    assert len(run_ids) == 3
+
+
+def test_second_run_in_a_folder_is_refused_at_once(run_script, tmp_path):
+    """It would replace the artifact of the first, whose log and JSON would then name a file that is gone."""
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a run that trains has it
+    run = run_script(ARTIFACT_DIR=str(folder))
+    assert run.status == 1
+    assert "train_loss" not in run.out
+    assert re.fullmatch(rf"error: ARTIFACT_DIR={folder} is in use: .*another folder.*\n", run.err)
+    os.close(descriptor)
+    assert run_script(ARTIFACT_DIR=str(folder), ITERATIONS="1").status == 0
+
+
+def test_folder_of_artifacts_is_locked_until_the_process_ends(tmp_path):
+    code = (
+        "import sys, pathlib, train_gpt as tg; tg.lock_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    )
+    env = {"PYTHONPATH": str(Path(tg.__file__).parent)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    first = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    first.stdout.readline()
+    with pytest.raises(ValueError, match="is in use"):
+        tg.lock_folder(tmp_path)
+    first.kill()
+    first.communicate()
+    tg.lock_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_and_json_describe_the_bytes_that_were_scored(trained):
+    packed = trained.artifact.read_bytes()
+    sha256 = hashlib.sha256(packed).hexdigest()
+    assert (trained.results["artifact_sha256"], trained.results["bytes_artifact"]) == (sha256, len(packed))
+    assert f"{len(packed)} bytes (artifact_sha256:{sha256})" in trained.log
+
+
+def test_artifact_that_another_run_replaced_is_not_scored(fork, tiny_settings, trained, tmp_path):
+    """Where locks do not work: the file of another run takes the place of this one's before it is scored."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import shutil, sys
+import train_gpt as tg
+write_file = tg.write_file
+
+def write_and_lose(path, data):
+    write_file(path, data)
+    shutil.copyfile({str(trained.artifact)!r}, path)
+
+tg.write_file = write_and_lose
+try:
+    tg.main()
+except ValueError as error:
+    sys.exit(str(error))
+"""
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = fork(str(script), folder, {**tiny_settings, "ITERATIONS": "1"})
+    assert run.status == 1
+    assert "final_model.int8.ptz is not what this run wrote, another replaced it" in run.err
+    assert not (folder / "logs" / "run.json").exists()
+
+
+# -- disks and screens that fail -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A file system with room for 16 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_artifact_that_a_full_disk_does_not_take_is_kept_elsewhere(run_script, full_disk):
+    run = run_script(ARTIFACT_DIR=str(full_disk), ITERATIONS="1")
+    assert run.status == 1
+    kept = run.folder / "logs" / "run.final_model.int8.ptz"
+    pattern = rf"error: {full_disk}/final_model\.int8\.ptz cannot be written \(No space .*EVAL_ARTIFACT={kept}\n"
+    assert re.fullmatch(pattern, run.err)
+    assert run.log == run.out + run.err
+    assert list(full_disk.iterdir()) == []
+    assert tg.load_artifact(kept).config.num_layers == 3
+
+
+def test_file_that_a_full_disk_does_not_take_leaves_the_older_one(full_disk):
+    path = full_disk / "run.json"
+    tg.write_file(path, b"old")
+    with pytest.raises(OSError, match=r"run\.json cannot be written \(No space left on device\)"):
+        tg.write_file(path, bytes(2**16))
+    assert [file.read_bytes() for file in full_disk.iterdir()] == [b"old"]
+
+
+def test_log_on_a_full_disk_goes_on_once_there_is_room(full_disk, capsys):
+    """Training is worth more than its log."""
+    filler = full_disk / "filler"
+    log = tg.RunLog(full_disk / "run.txt", tg.World())
+    log("one")
+    with contextlib.suppress(OSError):
+        filler.write_bytes(bytes(2**16))
+    long_line = "two" * 3000
+    log(long_line)
+    log("three")
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    filler.unlink()
+    log("four")
+    log.close()
+    assert (full_disk / "run.txt").read_text() == f"one\n{long_line}\nthree\nfour\n"
+
+
+def test_log_that_stays_incomplete_is_an_error(full_disk):
+    log = tg.RunLog(full_disk / "run.txt", tg.World())
+    log("x" * 2**16)
+    with pytest.raises(OSError, match=r"run\.txt lacks its last \d+ bytes"):
+        log.close()
+
+
+def test_line_that_a_screen_cannot_show_is_shown_with_escapes():
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    tg.show("dätä \udcff \u6771", screen)
+    assert screen.buffer.getvalue() == rb"d\xe4t\xe4 \udcff \u6771" + b"\n"
+    tg.show("no screen at all", None)
+
+
+def test_screen_that_is_gone_is_given_up():
+    """Also when it is closed, as the interpreter does at its end."""
+    for path in ("/dev/full", None):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(path or writer, "w", encoding="utf-8") as screen:
+            tg.show("one", screen)
+            tg.show("two", screen)
+        if path:
+            os.close(writer)
+
+
+SCREENS = {
+    "closed pipe": "{run} | head -1",
+    "closed pipe for errors too": "{run} 2>&1 | head -1",
+    "full disk": "{run} > /dev/full",
+    "no screen": "{run} >&-",
+    "ASCII": "LC_ALL=C PYTHONIOENCODING=ascii {run} > screen",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("screen", SCREENS)
+def test_screen_that_fails_does_not_end_the_run(run_script, tmp_path, data, screen):
+    """Its lines are in the log, nothing is said of it, and the status is that of the run."""
+    place = tmp_path / "d\u00e4t\u00e4"
+    place.symlink_to(data.folder)
+    run = f"{shlex.quote(sys.executable)} {shlex.quote(tg.__file__)}"
+    command = f"{SCREENS[screen].format(run=run)}; exit ${{PIPESTATUS[0]}}"
+    code = f"import subprocess, sys; sys.exit(subprocess.run(['bash', '-c', {command!r}]).returncode)"
+    done = run_script("-c", code, DATA_PATH=str(place), ITERATIONS="2")
+    assert (done.status, done.err) == (0, "")
+    assert "DATA_PATH=" + str(place) in done.log
+    assert done.log.splitlines()[-1].startswith("final_int8_zlib_roundtrip_exact")
+
+
+def test_path_that_is_not_utf8_is_logged(tmp_path):
+    log = tg.RunLog(tmp_path / "run.txt", tg.World())
+    log("DATA_PATH=\udcff")
+    log.close()
+    assert (tmp_path / "run.txt").read_text() == "DATA_PATH=\\udcff\n"
+
+
+# -- compilation -----------------------------------------------------------------------------------------------------
+
+BROKEN_COMPILER = """#!/bin/sh
+echo "g++ (GCC) 12"
+case "$*" in *--version*) exit 0;; esac
+echo "main.cpp:1:10: fatal error: omp.h: No such file or directory" >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def broken_compiler(tmp_path) -> str:
+    path = tmp_path / "c++"
+    path.write_text(BROKEN_COMPILER)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_compiling_that_does_not_work_is_left_out_with_a_reason(run_script, broken_compiler, tmp_path):
+    where = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": broken_compiler}
+    run = run_script(tg.__file__, **where, COMPILE="auto", ITERATIONS="1")
+    assert run.status == 0, run.err
+    [line] = re.findall("^compile:0 .*$", run.log, re.MULTILINE)
+    assert "fatal error: omp.h" in line
+    assert " compiled:0" in run.log
+
+
+@pytest.mark.slow
+def test_compiling_that_is_asked_for_and_does_not_work_is_an_error(run_script, broken_compiler, tmp_path):
+    where = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": broken_compiler}
+    run = run_script(tg.__file__, **where, COMPILE="1", ITERATIONS="1")
+    assert run.status == 1
+    assert re.fullmatch("error: COMPILE=1, .*fatal error: omp.h.*set COMPILE=0\n", run.err)
+
+
+@pytest.mark.slow
+def test_temporary_folder_with_a_space_does_not_end_the_run(run_script, tmp_path):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    run = run_script(tg.__file__, COMPILE="auto", ITERATIONS="1", TMPDIR=str(folder))
+    assert run.status == 0, run.err
+
+
+def test_nothing_is_tried_with_compile_0(monkeypatch):
+    """It would cost seconds."""
+
+    def fail(device: torch.device) -> str:
+        raise AssertionError("it was tried")
+
+    monkeypatch.setattr(tg, "why_not_compile", fail)
+    assert not tg.wants_compile(tg.Hyperparameters(compile="0"), tg.World(), log0=fail)
+
+
+def test_compiler_that_fails_is_told_in_one_line(monkeypatch):
+    """And COMPILE=0 is named, with which the run would start."""
+    monkeypatch.setattr(tg, "has_compiler", lambda device: True)
+    monkeypatch.setattr(tg, "why_not_compile", lambda device: "fatal error: omp.h")
+    lines: list[str] = []
+    assert not tg.wants_compile(tg.Hyperparameters(compile="auto"), tg.World(), lines.append)
+    [line] = lines
+    assert re.match(r"compile:0 .*\(fatal error: omp\.h\).*COMPILE=0", line)
+    with pytest.raises(ValueError, match=r"^COMPILE=1, .*\(fatal error: omp\.h\).*set COMPILE=0$"):
+        tg.wants_compile(tg.Hyperparameters(compile="1"), tg.World(), lines.append)

@@ -126,7 +126,7 @@ class Records:
 
 
 def review(kind: Any, day: str = "2026-02-01", code: str = "c" * 64, **other: Any) -> record.Review:
-    return record.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **other)
+    return record.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **({"seed": "1"} | other))
 
 
 @pytest.fixture
@@ -137,12 +137,45 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 
 def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
-    folder = records.add("Sampled", "2026-01-01", [1.2, 1.2])
+    folder = records.add("Sampled", "2026-01-01", [1.2], judge_version=record.newest_judge_version())
     record.add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
     assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
     assert '<span class="badge re-scored"' in page.page(records.board(), records.folder)
     record.add_review(folder, review("rescored", val_bpb=1.2))
     assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+
+
+def test_a_state_tells_for_how_many_seeds_it_holds(records: Records):
+    """One artifact that was scored again says nothing of two other seeds, and older rules are named."""
+    folder = records.add("Seeds", "2026-01-01", [1.2, 1.2, 1.2], judge_version=record.newest_judge_version())
+    record.add_review(folder, review("rescored", val_bpb=1.2))
+    assert "| re-scored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
+    for seed in ("2", "3"):
+        record.add_review(folder, review("rescored", val_bpb=1.2, seed=seed))
+    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+    records.add("Older", "2026-01-01", [1.2], judge_version=2)
+    assert "| verified, judge 2 |" in lb.full_markdown(records.board(), records.folder)
+
+
+def test_lossy_tokenizers_have_a_table_of_their_own(records: Records):
+    for name, lossless in (("Whole", True), ("Digits", False), ("Nobody knows", None)):
+        records.add(name, "2026-01-01", [1.2, 1.2], val_accounting="sidecar", tokenizer_lossless=lossless)
+    tables = [{row.entry.submission.name for row in table.rows} for table in records.board().tables]
+    assert sorted(tables, key=len) == [{"Whole"}, {"Digits", "Nobody knows"}]
+    text = lb.full_markdown(records.board(), records.folder)
+    assert text.count("(lossless tokenizers)") == text.count("(lossy tokenizers)") == 1
+
+
+def test_a_demonstration_ranks_nowhere(records: Records, monkeypatch: pytest.MonkeyPatch):
+    """A text that lies in every Python can be read by every script that is judged."""
+    known = record.Text("the documentation of Python", 43, 174_282, 0.0, "d" * 64, demonstration=True)
+    monkeypatch.setattr(record, "load_texts", lambda: [known])
+    text = {"val_text_sha256": "d" * 64, "val_documents": 43, "val_bytes": 174_282, "val_accounting": "sidecar"}
+    records.add("Smoke", "2026-01-01", [0.1, 0.1], tokenizer_lossless=True, **text)
+    row = records.rows()["Smoke"]
+    assert (row.rank, row.verdict) == (None, "no: a demonstration")
+    assert lb.DEMONSTRATION in lb.full_markdown(records.board(), records.folder)
+    assert lb.short_markdown(records.board(), records.folder) == "No record yet."
 
 
 def test_records_of_the_maintainers_are_reference_runs(records: Records):
@@ -365,7 +398,7 @@ def rewritten(folder: Path, **fields: Any) -> None:
     [
         (lambda f: (f / "submission.json").unlink(), "submission.json is missing"),
         (lambda f: (f / "submission.json").write_text("{"), "not JSON"),
-        (lambda f: (f / "submission.json").write_bytes(b"\xff\xfe"), "not JSON"),
+        (lambda f: (f / "submission.json").write_bytes(b"\xff\xfe"), "UTF-16"),
         (lambda f: (f / "submission.json").write_text("[" * 100_000), "not JSON"),
         (lambda f: (f / "reviews.json").write_text("{}"), "holds no list"),
         (lambda f: rewritten(f, date="soon"), "date"),
@@ -374,7 +407,7 @@ def rewritten(folder: Path, **fields: Any) -> None:
         (lambda f: rewritten(f, seed_results={}), "no seeds"),
         (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result(1.0))}), "no number"),
         (lambda f: rewritten(f, seed_results={"1": dataclasses.asdict(result(1e200))}), "impossible val_bpb"),
-        (lambda f: rewritten(f, val_loss=10**400), "not a finite number"),
+        (lambda f: rewritten(f, val_loss=10**400), "401 digits"),
         (lambda f: f.rename(f.with_name("no date")), "YYYY-MM-DD"),
         (lambda f: f.parent.rename(f.parent.with_name("track_unknown")), "no track"),
     ],

@@ -266,7 +266,7 @@ def run_json(folder: Path, seed: int, **changes: Any) -> Path:
         "data_path": "data/datasets/x",
         "tokenizer_path": "data/tokenizers/x.model",
         "artifact_dir": ".",
-        "artifact_sha256": "0",
+        "artifact_sha256": record.sha256(f"weights {seed}".encode()),
         "steps": 30,
         "val_loss": 2.0 + seed / 100,
         "val_bpb": 1 + seed / 100,
@@ -550,6 +550,37 @@ def test_the_artifact_is_that_of_whichever_run_still_has_one(tmp_path, capsys):
     assert "the artifact of seed 2" in capsys.readouterr().out
     assert (folder / artifact.name).read_text() == "weights 2"
     assert (folder / "data" / "tokenizer.model").read_text() == "sp.model"
+
+
+@pytest.mark.parametrize(("name", "slug"), [("Ünï", "Uni"), ("Étude no. 2", "Etude-no.-2"), ("a/b", "a-b")])
+def test_a_folder_is_named_in_latin_letters(name, slug):
+    assert submission.folder_slug(name) == slug
+
+
+def test_one_artifact_for_two_runs_is_refused(tmp_path, capsys):
+    """Two runs in one folder once left one artifact, which both called theirs."""
+    for seed in (1, 2):
+        run_json(tmp_path / "logs", seed, artifact_sha256="0")
+    status, folder = new(tmp_path)
+    assert status == 1
+    assert "one and the same artifact" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_git_changes_no_byte_of_a_record(tmp_path):
+    """Not even where it writes the line ends of Windows, as Git for Windows does by default."""
+    project = tmp_path / "project"
+    folder = project / "records" / "track_x" / "2026-01-01_X"
+    folder.mkdir(parents=True)
+    shutil.copyfile(record.ROOT / ".gitattributes", project / ".gitattributes")
+    (folder / "train_gpt.py").write_bytes(b"x = 1\ny = 2\n")
+    (folder / "train_seed1.log").write_bytes(b"a\r\nb\n")
+    git = ["git", "-c", "core.autocrlf=true", "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], cwd=project, check=True, capture_output=True)
+    subprocess.run([*git, "clone", "-q", str(project), str(tmp_path / "clone")], check=True, capture_output=True)
+    for path in folder.iterdir():
+        assert (tmp_path / "clone" / path.relative_to(project)).read_bytes() == path.read_bytes()
 
 
 BENCHMARKS = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}

@@ -61,7 +61,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from record import ROOT, Check, Submission, known_text, verdict
+from record import ROOT, Check, Submission, known_text, track_of, verdict
 from sandbox import Bind, Limits, Sandboxed, isolation
 from significance import student_quantile
 from torch import Tensor
@@ -121,6 +121,7 @@ LEAST_ROUNDING = Rounding(2e-5, 2e-4)
 MOST_ROUNDING = Rounding(2e-2, 0.02)
 MAX_DEVIATIONS = 20  # of Rounding.nats, at a single place
 
+FREE_VOCABULARY_BYTES = 2**16  # the largest published tokenizer, of 8192 pieces, has 55,013
 # Pieces of the tokenizer that occur once in the text: so many for each one that does not occur, and these besides.
 MAX_ONCE_PER_NEVER = 2
 FREE_ONCE = 64
@@ -372,6 +373,20 @@ def check_tokenizer(tokenizer: Path) -> Check:
     model = tokenizer.read_bytes()
     problems = model_faults(model)
     return verdict("tokenizer", problems, f"an ordinary SentencePiece model, {vocabulary_bytes(model)} bytes of pieces")
+
+
+def check_vocabulary_bytes(tokenizer: Path, submission: Submission) -> Check:
+    """Whether the vocabulary still fits under the track's limit, where it is larger than the published ones.
+
+    The published challenge counts no tokenizer, and so its largest one is free. What a vocabulary has beyond that
+    counts like the artifact, which could hold the same.
+    """
+    counted = max(0, vocabulary_bytes(tokenizer.read_bytes()) - FREE_VOCABULARY_BYTES)
+    track = track_of(submission)
+    limit = track.max_total_bytes if track else None
+    n_bytes = submission.bytes_total + counted
+    reason = f"{counted} bytes of the vocabulary count ({FREE_VOCABULARY_BYTES} are free), {n_bytes} bytes in all"
+    return Check("vocabulary_bytes", limit is None or n_bytes <= limit, f"{reason} of {limit or 'any number'}")
 
 
 def check_vocabulary(split: tg.ValSplit, tokenizer: Path) -> Check:
@@ -1240,6 +1255,9 @@ def judge_text(
     """Read the text and count its bytes. -> the split, or None if it cannot be read, and checks"""
     try:
         checks = [check_tokenizer(options.tokenizer)]
+        if not checks[0].ok:
+            return None, checks
+        checks.append(check_vocabulary_bytes(options.tokenizer, submission))
         split = load_split(options.data, options.tokenizer, config)
         checks.append(check_identity(split.identity, submission))
         checks.append(check_vocabulary(split, options.tokenizer))

@@ -3,8 +3,9 @@
     python tools/leaderboard.py              rewrite both tables from the folders in records/
     python tools/leaderboard.py --check      write nothing; exit with 1 and name the file if a table is out of date
 
-A table holds the records of one track, one class of predictor (A fixed, B adaptive), one scored text and, where the
-track says so, one kind of machine: only those can be compared. The lowest mean over all seeds ranks first.
+A table holds the records of one track, one class of predictor (A fixed, B adaptive), one scored text and way to count
+its bytes and, where the track says so, one kind of machine: only those can be compared. The lowest mean over all seeds
+ranks first. Texts that lie in every Python are demonstrations, whose tables rank nothing.
 
 A new record shows, at p < p_value, that it beats the best of the days before by more than the track's min_gain. The
 test is Welch's, one-sided, over all seeds of both, of the hypothesis "the gain is at most min_gain". This is the
@@ -19,10 +20,12 @@ they set the bar, but are never called new records.
 The state of a record follows from its folder:
 
     disputed     reviews.json holds a dispute that no later entry settles
-    reproduced   somebody trained it again, with the code that it has now
-    re-scored    somebody scored its artifact again, with the code that it has now
+    reproduced   somebody trained its seeds again, with the code that it has now
+    re-scored    somebody scored the artifacts of its seeds again, with the code that it has now
     verified     every static check of tools/verify.py passes
     claimed      none of these
+
+A confirmation holds for the seed that it names. Where that is not all of them, the state says how many.
 
 A folder that cannot be read is listed below the tables with the reason. The same records give the same bytes.
 """
@@ -56,7 +59,9 @@ from record import (
     load_reviews,
     load_submission,
     load_tracks,
+    newest_judge_version,
     record_folders,
+    seed_states,
 )
 from significance import welch
 from verify import static_checks
@@ -64,11 +69,15 @@ from verify import static_checks
 MAINTAINERS = "The maintainers"  # the author of reference runs
 PREDICTOR_CLASSES = {"A": "Class A, a fixed predictor", "B": "Class B, adapts to tokens that were scored"}
 UNITS = {"val_bpb": "bpb", "train_seconds": "s"}
+DEMONSTRATION = (
+    "A demonstration, which ranks nothing: the text is the documentation of Python itself, so that every script can "
+    "read it where it is judged."
+)
 
 State = Literal["disputed", "reproduced", "re-scored", "verified", "claimed"]
 STATES: dict[State, str] = {
-    "reproduced": "somebody trained it again",
-    "re-scored": "somebody scored its artifact again",
+    "reproduced": "somebody trained its seeds again",
+    "re-scored": "somebody scored the artifacts of its seeds again",
     "verified": "its files pass every static check",
     "claimed": "its files fail one",
     "disputed": "an objection is open",
@@ -89,6 +98,7 @@ class Entry:
     state: State
     reason: str  # for the state, in a sentence
     failures: tuple[str, ...]  # the checks that it fails
+    n_confirmed: int = 0  # seeds that the state holds for, where somebody else confirmed it
     interval: float | None = None  # half width at 95 % of the score behind the state, where a sample was scored
 
     @property
@@ -108,7 +118,7 @@ class Row(NamedTuple):
     """A line of a table."""
 
     entry: Entry
-    rank: int | None  # None if the record does not stand
+    rank: int | None  # None if the record does not stand, or is a demonstration
     gain: float | None  # over the bar, in units of the track's rank_by; None if there was no bar
     p: float | None
     verdict: str  # on whether it is a new record: "first", "yes", "reference run", or why not
@@ -149,7 +159,7 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
             continue
         try:
             entry = read_entry(folder, tracks)
-        except (ValueError, OSError, ArithmeticError) as error:  # arithmetic: a number too large for a float
+        except Exception as error:  # no record, however odd, may take the whole board down
             unlisted.append((folder, clean(str(error), 200)))
             continue
         s = entry.submission
@@ -188,8 +198,8 @@ def read_entry(folder: Path, tracks: Mapping[str, Track]) -> Entry:
             raise ValueError(f"submission.json has an impossible {key}")
 
     failures = failed_checks(folder)
-    state, reason, interval = state_of(submission, load_reviews(folder), failures)
-    return Entry(folder, submission, state, reason, failures, interval)
+    state, reason, n_confirmed, interval = state_of(submission, load_reviews(folder), failures)
+    return Entry(folder, submission, state, reason, failures, n_confirmed, interval)
 
 
 def is_day(text: str) -> bool:
@@ -209,31 +219,39 @@ def failed_checks(folder: Path) -> tuple[str, ...]:
 
 def state_of(
     submission: Submission, reviews: Sequence[Review], failures: Sequence[str]
-) -> tuple[State, str, float | None]:
-    """The state of a record, the reason for it, and the interval of the score behind it.
+) -> tuple[State, str, int, float | None]:
+    """The state of a record, the reason for it, how many seeds it holds for, and the interval of the score behind it.
 
     Reviews come oldest first. Confirmations do not count for other code than that of the record, nor for a record that
     fails a check.
     """
-    objections = [review for review in reviews if review.kind in ("disputed", "settled")]
-    if objections and objections[-1].kind == "disputed":
-        return "disputed", describe(objections[-1], "disputed"), None
+    states = list(seed_states(submission, reviews).values())
+    same_code = [review for review in reviews if review.code_sha256 == submission.code_sha256]
+    if "disputed" in states:
+        dispute = [review for review in reviews if review.kind == "disputed"][-1]
+        return "disputed", describe(dispute, "disputed"), states.count("disputed"), None
     if failures:
-        return "claimed", f"fails a check: {'; '.join(failures)}", None
+        return "claimed", f"fails a check: {'; '.join(failures)}", 0, None
 
-    confirmations = [review for review in reviews if review.code_sha256 == submission.code_sha256]
-    reproduced = [review for review in confirmations if review.kind == "reproduced"]
-    if reproduced:
-        return "reproduced", describe(reproduced[-1], "trained again"), reproduced[-1].val_bpb_interval
-    rescored = [review for review in confirmations if review.kind == "rescored"]
-    if rescored:
-        return "re-scored", describe(rescored[-1], "scored again"), rescored[-1].val_bpb_interval
-    return "verified", "passes every check of tools/verify.py that needs no training", None
+    kinds: list[tuple[State, str, str]] = [
+        ("reproduced", "reproduced", "trained again"),
+        ("re-scored", "rescored", "scored again"),
+    ]
+    for state, kind, deed in kinds:
+        if state in states:
+            found = [review for review in same_code if review.kind == kind]
+            reasons = "; ".join(describe(review, deed) for review in found)
+            return state, reasons, states.count(state), found[-1].val_bpb_interval
+    return "verified", "passes every check of tools/verify.py that needs no training", 0, None
 
 
 def describe(review: Review, deed: str) -> str:
-    """scored again by Grace, 2026-02-01 on 2x x86_64: val_bpb 1.2000 (a note)"""
+    """seed 1 scored again by Grace, 2026-02-01 with judge 3 on 2x x86_64: val_bpb 1.2000 (a note)"""
     text = f"{deed} by {review.reviewer}, {review.date}"
+    if review.seed:
+        text = f"seed {review.seed} {text}"
+    if review.judge_version is not None:
+        text += f" with judge {review.judge_version}"
     if review.hardware:
         text += f" on {review.hardware}"
     if review.val_bpb is not None:
@@ -262,9 +280,18 @@ def ranked(entries: Iterable[Entry], track: Track) -> list[Row]:
         if bar is not None:
             gain = bar.mean(key) - entry.mean(key)
             p = welch(bar.submission.values(key), entry.submission.values(key), track.min_gain)
+        if is_demonstration(entry.submission.scored_text):
+            rows.append(Row(entry, None, None, None, "no: a demonstration"))
+            continue
         verdict = verdict_on(entry, track, gain, p, is_first=entry is first)
         rows.append(Row(entry, place if entry.stands else None, gain, p, verdict))
     return rows
+
+
+def is_demonstration(text: ScoredText) -> bool:
+    """Whether results on this text rank nowhere, because every script can read it."""
+    known = known_text(text.documents, text.sha256)
+    return known is not None and known.demonstration
 
 
 def verdict_on(entry: Entry, track: Track, gain: float | None, p: float | None, is_first: bool) -> str:
@@ -330,13 +357,17 @@ def row_cells(row: Row, track: Track) -> dict[str, Cell]:
     if track.rank_by == "val_bpb":
         cells["train s"] = seconds
 
-    interval = "" if entry.interval is None else f" ± {entry.interval:.4f}"
+    state = entry.state if entry.interval is None else f"{entry.state} ± {entry.interval:.4f}"
+    if 0 < entry.n_confirmed < len(s.seed_results):
+        state += f" ({entry.n_confirmed} of {len(s.seed_results)} seeds)"
+    if s.judge_version < newest_judge_version():
+        state += f", judge {s.judge_version}"
     gain = "" if row.gain is None else number(row.gain, track.rank_by, signed=True)
     return cells | {
         "hardware": Cell(hardware(s.hardware), s.hardware),
         "author": Cell(clean(s.author, 60), s.author.casefold(), title=s.github_id),
         "date": Cell(s.date, s.date),
-        "state": Cell(entry.state + interval, entry.state, title=entry.reason),
+        "state": Cell(state, entry.state, title=entry.reason),
         "gain": Cell(gain, row.gain),
         "p": Cell(p_text(row), row.p),
         "new record": Cell(row.verdict, row.verdict),
@@ -411,7 +442,8 @@ def text_name(text: ScoredText) -> str:
         name = known.name
     else:
         name = f"text {clean(text.sha256)[:12]}, {text.documents:,} documents"
-    return f"{name}, {text.bytes:,} bytes ({text.accounting})"
+    counted = {True: "lossless tokenizers", False: "lossy tokenizers", None: "bytes of the tokenizer's pieces"}
+    return f"{name}, {text.bytes:,} bytes ({counted[text.lossless]})"
 
 
 def caption(table: Table) -> str:
@@ -440,6 +472,8 @@ def full_markdown(board: Board, base: Path) -> str:
         lines += [f"## {escape_markdown(track.title)}", "", escape_markdown(track.rules), "", rule(track), ""]
         for table in tables:
             lines += [f"### {escape_markdown(caption(table))}", ""]
+            if is_demonstration(table.key.text):
+                lines += [DEMONSTRATION, ""]
             lines += markdown_table([row_cells(row, track) for row in table.rows], base)
             lines.append("")
 
@@ -449,7 +483,11 @@ def full_markdown(board: Board, base: Path) -> str:
 
     if board.tables:
         meanings = "; ".join(f"{state}, {meaning}" for state, meaning in STATES.items())
-        lines += [f"States: {meanings}.", ""]
+        lines += [
+            f'States: {meanings}. "Judge" with a number marks scores by earlier rules than the present ones '
+            f"(JUDGE_VERSION {newest_judge_version()}).",
+            "",
+        ]
     empty = tracks_without_records(board)
     if empty:
         lines += [f"No record yet: {'; '.join(map(escape_markdown, empty))}.", ""]

@@ -384,13 +384,16 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, strict: bool = True) -> Any:
     """The contents of a JSON file; ValueError if it is missing, is not JSON, or is JSON that two readers take apart.
 
-    That is: a key twice in one object, NaN and infinity, and whole numbers beyond 64 bits.
+    That is: a key twice in one object, NaN and infinity, and whole numbers beyond 64 bits. Files of others may hold
+    these, and are read without `strict`.
     """
     text = read_text(path, MAX_JSON_BYTES)
     try:
+        if not strict:
+            return json.loads(text)
         return json.loads(
             text, object_pairs_hook=unique_keys, parse_constant=refuse, parse_float=finite, parse_int=short_number
         )

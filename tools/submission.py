@@ -29,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from record import (
     Track,
     add_review,
     data_path,
+    day_fault,
     faults,
     is_scalar,
     load_submission,
@@ -51,6 +53,7 @@ from record import (
     parse_log,
     read_json,
     read_run,
+    read_text,
     run_faults,
     run_path,
     save_submission,
@@ -90,6 +93,7 @@ def new(args: argparse.Namespace) -> int:
         "benchmarks": load_benchmarks(args.benchmarks, args.track, tracks[args.track]),
     }
     submission = summarize(runs, script.read_bytes(), about)
+    refuse_one_artifact(paths, runs)
 
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
     if folder.exists():
@@ -100,8 +104,10 @@ def new(args: argparse.Namespace) -> int:
 
 
 def folder_slug(name: str) -> str:
-    """The name of a record in the characters that the name of its folder may have."""
-    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-")
+    """The name of a record in the characters that the name of its folder may have: "Ünï 2" gives "Uni-2"."""
+    # Letters with accents become letters and accents, of which only the letters stay.
+    latin = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", latin).strip("-")
     if not re.search(r"[A-Za-z0-9]", slug):
         raise ValueError(
             f"--name={name} leaves nothing to name the folder by: add Latin letters or digits, the folder keeps those"
@@ -137,13 +143,9 @@ def git_user_name() -> str:
 
 
 def checked_date(date: str) -> str:
-    """The date itself; ValueError if it is not a day written YYYY-MM-DD."""
-    try:
-        day = datetime.date.fromisoformat(date).isoformat()
-    except ValueError:
-        day = ""
-    if day != date:  # fromisoformat also reads 20261124 and 2026-W48-2
-        raise ValueError(f"the date {date!r} is not a day of the form YYYY-MM-DD: give one with --date")
+    """The date itself; ValueError if it is no day on which a record can have been made, written YYYY-MM-DD."""
+    if fault := day_fault(date):
+        raise ValueError(f"the date {date!r} {fault}: give one of the form YYYY-MM-DD with --date")
     return date
 
 
@@ -157,7 +159,7 @@ def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float
     if not path:
         raise ValueError(f"{track_name} asks for {asked}: give --benchmarks a file that holds them as a JSON object")
 
-    results = read_json(Path(path))
+    results = read_json(Path(path), strict=False)
     wrong = faults(results, dict[str, float], path)
     if not wrong:
         wrong += [f"{path} lacks {name}" for name in track.benchmarks if name not in results]
@@ -243,6 +245,18 @@ def refuse_repeated_seeds(paths: Sequence[Path], runs: Sequence[Mapping[str, Any
         )
 
 
+def refuse_one_artifact(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError if two runs name the same artifact, as runs that were started in one folder once did."""
+    path_of: dict[str, Path] = {}
+    for path, run in zip(paths, runs, strict=True):
+        other = path_of.setdefault(run["artifact_sha256"], path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} name one and the same artifact, so that one of them did not write it: train that "
+                "seed again, with an ARTIFACT_DIR of its own"
+            )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # new: the folder
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,13 +299,14 @@ def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[s
     """Copy the first artifact of these runs that still exists, and the validation data of its run."""
     seed_of = {result.artifact_sha256: seed for seed, result in submission.seed_results.items()}
     places = list(dict.fromkeys(run["artifact_dir"] for run in runs))
-    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz"))]
+    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz")) if path.is_file()]
     ours = [path for path in files if sha256(path.read_bytes()) in seed_of]
     if not ours:
-        found = f"{', '.join(map(str, files))}: of none of these runs" if files else "nothing"
+        found = f"{', '.join(map(str, files))}: of none of these runs" if files else "no artifact"
+        looked_in = ", ".join(str(Path(place).resolve()) for place in places)
         raise ValueError(
-            f"ARTIFACT_DIR={', '.join(places)} holds {found}. A run replaces the artifact of an earlier one: train one "
-            "of the seeds again, or drop --artifact"
+            f"ARTIFACT_DIR={', '.join(places)}, here {looked_in}, holds {found}. Run this in the folder where the runs "
+            "were started; if a later run replaced the artifact, train one of the seeds again, or drop --artifact"
         )
     artifact = ours[0]
     seed = seed_of[sha256(artifact.read_bytes())]
@@ -474,7 +489,7 @@ def read_claims(folder: Path) -> tuple[dict[str, Any], list[str]]:
     missing = []
     if path.name != "submission.json":
         missing.append(f"submission.json (it has {path.name})")
-    claims = read_json(path)
+    claims = read_json(path, strict=False)
     if not isinstance(claims, dict):
         missing.append("an object in submission.json")
         claims = {}
@@ -497,7 +512,7 @@ def read_seed_log(path: Path) -> tuple[str, dict[str, Any]]:
     `implied_bytes` is the number of bytes by which the score was divided. It follows from the loss, the bits per byte
     and the tokens, and shows at once when two submissions counted the same text differently.
     """
-    log = parse_log(path.read_text(encoding="utf-8", errors="replace"))
+    log = parse_log(read_text(path))
     named = re.search(r"seed_?(\d+)", path.name)
     seed = named[1] if named else log.values.get("seed", "unknown")
 

@@ -40,7 +40,6 @@ import math
 import os
 import platform
 import shutil
-import socket
 import struct
 import sys
 import sysconfig
@@ -532,9 +531,8 @@ def start_world(env: Mapping[str, str]) -> World:
     if size > 1:
         address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
         try:
-            socket.getaddrinfo(env["MASTER_ADDR"], env["MASTER_PORT"])
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{address} is not where the {size} ranks meet ({reason:.200}): start with torchrun"

@@ -29,6 +29,7 @@ import train_gpt as tg
 from records import ADAPTIVE, HAS_NAMESPACES, TRACK, WRAPPED, failed, forge, rescored
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOKE = next((record.RECORDS / TRACK).glob("*_Smoke-test"))
 
 # --- The judge's own arithmetic ---
 
@@ -352,9 +353,9 @@ def test_what_is_not_compared_is_not_ok():
     assert not judge.check_score("score", whole, whole.bpb - 0.00098, judge.SAME_SCORE).ok
 
 
-def test_without_walls_nothing_of_a_record_runs_unless_asked_for(honest, tmp_path, monkeypatch):
+def test_without_walls_nothing_of_a_record_runs_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "isolation", lambda: "none: no user namespaces")
-    folder = forge(honest, tmp_path / TRACK / honest.name, f"Path({str(tmp_path / 'ran')!r}).touch()\n")
+    folder = forge(SMOKE, tmp_path / TRACK / SMOKE.name, f"Path({str(tmp_path / 'ran')!r}).touch()\n")
     checks = rescored(folder)
     assert failed(checks) == {"isolation"}
     assert "--without-walls" in checks[0].reason
@@ -635,19 +636,27 @@ def test_a_record_that_cheats_is_caught_by_name(checks_of_cheats, name):
 # --- Data that cheat ---
 
 
-def claiming(split: tg.ValSplit, honest: Path, **changed: object) -> record.Submission:
-    """The submission of the honest record, as if it had been scored on this split."""
+@pytest.fixture(scope="module")
+def claims() -> record.Submission:
+    """What some record claims."""
+    return record.load_submission(SMOKE)
+
+
+def claiming(split: tg.ValSplit, claims: record.Submission, **changed: object) -> record.Submission:
+    """The submission of a record, as if it had been scored on this split."""
     names = {field.name for field in dataclasses.fields(record.Submission)}
     values = {name: value for name, value in split.identity.items() if name in names}
-    return dataclasses.replace(record.load_submission(honest), **(values | changed))
+    return dataclasses.replace(claims, **(values | changed))
 
 
-def checks_of_text(folder: Path, honest: Path, documents: Path | None = None, **changed: object) -> list[judge.Check]:
+def checks_of_text(
+    folder: Path, claims: record.Submission, documents: Path | None = None, **changed: object
+) -> list[judge.Check]:
     """What the judge says of the text in a folder of shards, and of its tokenizer."""
     tokenizer = folder / "tokenizer.model"
     vocab_size = Tokenizer(tokenizer.read_bytes(), tokenizer).sp.get_piece_size()
     split = judge.load_split(folder, tokenizer, dataclasses.replace(tg.GPTConfig(), vocab_size=vocab_size))
-    submission = claiming(split, honest, **changed)
+    submission = claiming(split, claims, **changed)
     return judge.check_bytes_of_text(split, tokenizer, documents, 1, submission, data_is_own=True)
 
 
@@ -671,20 +680,20 @@ def lossy_text(tmp_path_factory, documents) -> Path:
     return folder / "datasets" / "text"
 
 
-def test_the_judge_decodes_a_lossless_text(text, honest):
-    assert failed(checks_of_text(text, honest)) == set()
-    assert failed(checks_of_text(text, honest, tokenizer_lossless=False)) == {"lossless"}
+def test_the_judge_decodes_a_lossless_text(text, claims):
+    assert failed(checks_of_text(text, claims)) == set()
+    assert failed(checks_of_text(text, claims, tokenizer_lossless=False)) == {"lossless"}
 
 
-def test_a_lossy_text_needs_its_documents(lossy_text, honest):
+def test_a_lossy_text_needs_its_documents(lossy_text, claims):
     """And is called lossy, whatever manifest and record say."""
     documents = lossy_text.parents[1] / "val.jsonl"
-    assert failed(checks_of_text(lossy_text, honest)) == {"bytes_of_text"}
-    assert failed(checks_of_text(lossy_text, honest, documents)) == set()
-    assert failed(checks_of_text(lossy_text, honest, documents, tokenizer_lossless=True)) == {"lossless"}
+    assert failed(checks_of_text(lossy_text, claims)) == {"bytes_of_text"}
+    assert failed(checks_of_text(lossy_text, claims, documents)) == set()
+    assert failed(checks_of_text(lossy_text, claims, documents, tokenizer_lossless=True)) == {"lossless"}
 
 
-def test_bytes_that_a_lossy_tokenizer_drops_are_not_counted(lossy_text, honest, tmp_path):
+def test_bytes_that_a_lossy_tokenizer_drops_are_not_counted(lossy_text, claims, tmp_path):
     """A sidecar of the old rule, which gave every byte of the text to some token, with a manifest that agrees."""
     folder = tmp_path / "text"
     shutil.copytree(lossy_text, folder)
@@ -695,31 +704,32 @@ def test_bytes_that_a_lossy_tokenizer_drops_are_not_counted(lossy_text, honest, 
     manifest["splits"]["val"]["files"][sidecar.name] = record.sha256(sidecar.read_bytes())
     (folder / "manifest.json").write_text(json.dumps(manifest))
     documents = lossy_text.parents[1] / "val.jsonl"
-    assert failed(checks_of_text(folder, honest, documents)) == {"bytes_of_text"}
+    assert failed(checks_of_text(folder, claims, documents)) == {"bytes_of_text"}
 
 
-def test_documents_that_are_not_the_text_are_refused(lossy_text, honest):
+def test_documents_that_are_not_the_text_are_refused(lossy_text, claims):
     documents = lossy_text.parents[1] / "docs.jsonl"
-    assert failed(checks_of_text(lossy_text, honest, documents)) == {"bytes_of_text"}
+    assert failed(checks_of_text(lossy_text, claims, documents)) == {"bytes_of_text"}
 
 
-def test_bytes_of_pieces_prove_nothing_of_a_record_that_brings_its_text(data, honest):
+def test_bytes_of_pieces_prove_nothing_of_a_record_that_brings_its_text(data, claims):
     split = tg.ValSplit(data.val, data.val_bytes, {"val_accounting": "pieces", "val_text_sha256": "unknown"})
     for is_own in (True, False):
-        checks = judge.check_bytes_of_text(split, data.tokenizer, None, 1, claiming(split, honest), is_own)
+        checks = judge.check_bytes_of_text(split, data.tokenizer, None, 1, claiming(split, claims), is_own)
         assert failed(checks) == ({"bytes_of_text"} if is_own else set())
 
 
-def test_bytes_before_the_first_document_are_refused(data, honest):
+def test_bytes_before_the_first_document_are_refused(data, claims):
     identity = {"val_accounting": "sidecar", "val_text_sha256": "0", "tokenizer_lossless": False}
     late = tg.ValSplit(data.val[1:], data.val_bytes[1:], identity)
-    checks = judge.check_bytes_of_text(late, data.tokenizer, None, 1, claiming(late, honest), data_is_own=False)
+    checks = judge.check_bytes_of_text(late, data.tokenizer, None, 1, claiming(late, claims), data_is_own=False)
     assert failed(checks) == {"bytes_of_text"}
 
 
-def test_a_text_of_the_standard_library_is_a_demonstration(honest):
-    """Every process in the sandbox can read it there."""
-    submission = record.load_submission(honest)
+def test_a_text_of_the_standard_library_is_a_demonstration(claims):
+    """Every process in the sandbox can read it there. The one of the claims is listed as a demonstration."""
+    assert judge.check_hidden([Path(textwrap.__file__).read_text()], claims).ok
+    submission = dataclasses.replace(claims, val_text_sha256="0")
     assert not judge.check_hidden([textwrap.__doc__ or "", Path(textwrap.__file__).read_text()], submission).ok
     assert judge.check_hidden(["A text that stands in no library, as far as anybody knows.\n" * 3], submission).ok
 

@@ -235,6 +235,7 @@ def test_a_lie_about_bytes_is_caught(honest, tmp_path):
     assert static_failures(honest, tmp_path / "2", "", lie) == {"data"}
 
 
+@pytest.mark.slow
 def test_a_sidecar_that_lies_is_caught_by_the_text(honest, tmp_path):
     """Sidecar, manifest and claim agree, all of them forged: the text has the bytes it has."""
     run = record.read_json(record.run_path(honest, "1"))

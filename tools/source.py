@@ -76,9 +76,10 @@ MAX_ELEMENTS = 500  # of a list that is written out
 MAX_NAME = 60  # characters
 MAX_TRAILING_BLANKS = 200
 
-# Words can be compressed to less than half, coded data cannot. Shorter texts say nothing.
-MAX_RATIO = 0.53
+# So many characters of words can be compressed to about half, coded data cannot. Fewer say nothing.
 MIN_CHARACTERS = 4_000
+MAX_RATIO = 0.57
+MAX_DIGITS = 0.4  # of the characters
 
 
 class SourceFaults(NamedTuple):
@@ -102,16 +103,15 @@ def find_faults(data: bytes) -> SourceFaults:
         raise ValueError(f"it has {n_words} words and signs, and at most {MAX_WORDS} can be read")
     with warnings.catch_warnings(action="ignore"):
         nodes = list(ast.walk(ast.parse(data)))
-        tokens = list(tokenize.tokenize(io.BytesIO(data).readline))
 
     found = [
         *import_faults(nodes),
         *code_faults(nodes),
         *literal_faults(nodes),
         *number_faults(nodes),
-        *name_faults(tokens),
+        *name_faults(nodes),
         *line_faults(source),
-        *density_faults(nodes, tokens),
+        *density_faults(nodes, source),
     ]
     network = [f"line {line} imports {module}" for line, module in imports_of(nodes) if module in NETWORK_MODULES]
     return SourceFaults(tuple(f"line {line} {fault}" for line, fault in found), tuple(network))
@@ -209,11 +209,14 @@ def number_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
         yield 1, f"and others have {n_numbers} numbers in all: data belong in the artifact"
 
 
-def name_faults(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str]]:
+def name_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """Names that are data, or that look like other names."""
-    for token in tokens:
-        if token.type == tokenize.NAME and (len(token.string) > MAX_NAME or not token.string.isascii()):
-            yield token.start[0], f"has the name {token.string[:40]!a}: use letters of ASCII, at most {MAX_NAME}"
+    for node in nodes:
+        for field in ("id", "attr", "arg", "name", "asname"):
+            name = getattr(node, field, None)
+            if isinstance(name, str) and (len(name) > MAX_NAME or not name.isascii()):
+                line = getattr(node, "lineno", 1)
+                yield line, f"has the name {name[:40]!a}: use letters of ASCII, at most {MAX_NAME}"
 
 
 def line_faults(source: str) -> Iterator[tuple[int, str]]:
@@ -227,20 +230,21 @@ def line_faults(source: str) -> Iterator[tuple[int, str]]:
         yield 1, f"and others end with {trailing} blanks that nobody sees: remove them"
 
 
-def density_faults(nodes: list[ast.AST], tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str]]:
+def density_faults(nodes: list[ast.AST], source: str) -> Iterator[tuple[int, str]]:
     """Comments, docstrings and literals that are coded data: they hardly compress."""
     docstrings = docstring_nodes(nodes)
-    parts: dict[str, list[str]] = {"comments": [], "docstrings": [], "literals": []}
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            parts["comments"].append(token.string)
+    # A sign of a comment inside a literal counts as one, which does no harm here.
+    parts: dict[str, list[str]] = {"comments": re.findall("#.*", source), "docstrings": [], "literals": []}
     for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
             parts["docstrings" if id(node) in docstrings else "literals"].append(str(node.value))
 
     for name, texts in parts.items():
-        text = "\n".join(texts).encode(errors="replace")
-        ratio = len(zlib.compress(text, 9)) / max(1, len(text))
-        digits = sum(text.count(b"%d" % digit) for digit in range(10)) / max(1, len(text))
-        if len(text) >= MIN_CHARACTERS and (ratio > MAX_RATIO or digits > 0.4):
-            yield 1, f"and others have {name} that look like data: {len(text)} characters that compress to {ratio:.0%}"
+        text = "\n".join(texts)
+        for begin in range(0, len(text) - MIN_CHARACTERS + 1, MIN_CHARACTERS):
+            part = text[begin : begin + MIN_CHARACTERS].encode(errors="replace")
+            ratio = len(zlib.compress(part, 9)) / len(part)
+            digits = sum(part.count(b"%d" % digit) for digit in range(10)) / len(part)
+            if ratio > MAX_RATIO or digits > MAX_DIGITS:
+                yield 1, f"and others have {name} that look like data: {len(part)} characters compress to {ratio:.0%}"
+                break

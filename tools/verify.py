@@ -27,7 +27,6 @@ import os
 import platform
 import re
 import sys
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,7 +241,7 @@ def check_source(folder: Path, submission: Submission) -> list[Check]:
     try:
         data = read_file(path, MAX_FILE_BYTES[".py"])
         faults = find_faults(data)
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
         return [Check("source", False, f"{path.name} cannot be read as Python: {error!s:.200}")]
 
     problems = list(faults.unreadable)

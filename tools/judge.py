@@ -62,7 +62,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 import torch
 from record import ROOT, Check, Submission, known_text, track_of, verdict
-from sandbox import Bind, Limits, Sandboxed, isolation
+from sandbox import Bind, Limits, Sandboxed, is_visible, isolation
 from significance import student_quantile
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -1206,6 +1206,11 @@ def rescore(
     checks = [check_isolation(options.without_walls)]
     if not checks[0].ok:
         return checks, None
+
+    for path in (options.data, options.documents, options.unseen):
+        if path is not None and is_visible(path):
+            reason = f"{path} lies in a folder that the record's code can read: move it, or use another Python"
+            return [*checks, Check("hidden", False, reason)], None
 
     violations: dict[str, str] = {}
     start = functools.partial(

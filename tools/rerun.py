@@ -1,31 +1,71 @@
 """Trains a record again from its script, where the validation text does not exist, and scores what comes out.
 
-A score that was reached by training on the validation text cannot be reached without it. The command is
-tools/verify.py --rerun.
+A score that was reached by training on the validation text cannot be reached without it. The script runs without its
+comments, which might hold what it pretends to learn, and what it says of its steps, seconds and losses is compared with
+the record's log and with the judge's own clock. Weights that lie in the script in some other way would still come out.
+So the new artifact is scored on unseen text too: that of --unseen, or the end of the training text, which is kept from
+the training then. The command is tools/verify.py --rerun.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import io
 import json
 import subprocess
 import tempfile
+import time
+import tokenize
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from judge import Options, RecordError, UnitScores, check_score, rescore, tg, write_shard
-from record import Check, SeedResult, Submission, read_json, script_path, seed_result, track_of, verdict
-from sandbox import Bind, Limits, Sandboxed, isolation
+from judge import (
+    Options,
+    RecordError,
+    Tokenizer,
+    UnitScores,
+    check_score,
+    check_tokenizer,
+    rescore,
+    text_sha256,
+    tg,
+    write_shard,
+)
+from record import (
+    Check,
+    CurvePoint,
+    Submission,
+    file_sha256,
+    log_path,
+    parse_log,
+    read_json,
+    read_text,
+    run_faults,
+    script_path,
+    seed_result,
+    track_of,
+    verdict,
+)
+from sandbox import Bind, Limits, Sandboxed, is_visible, isolation
 
 # Bits per byte between two trainings on machines of one kind: five standard deviations of the seeds, within bounds.
 MIN_MARGIN = 0.01
 MAX_MARGIN = 0.02
 
 MAX_FILE_BYTES = 2**28  # of a file that the training writes
+MAX_OUT_BYTES = 2**30  # of all of them
 MAX_OPEN_FILES = 512
+MAX_PROCESSES = 256
 RUN_ID = "rerun"
+
+# Nats by which the training loss of a step may differ from that in the record's log, in all but a few of the steps.
+MAX_LOSS_DIFFERENCE = 0.3
+SHARE_OF_STEPS = 0.9
+# Seconds of the judge's clock that the ledger of a run may leave out, or add: so many, and this share of all.
+CLOCK_SECONDS = 30.0
+CLOCK_SHARE = 0.2
 
 
 class Training(NamedTuple):
@@ -36,6 +76,16 @@ class Training(NamedTuple):
     seed: str
     data: Path
     tokenizer: Path
+    train_shards: list[Path]
+
+
+class Retrained(NamedTuple):
+    """What a training left."""
+
+    artifact: Path
+    run: dict[str, Any]  # its JSON
+    log: str
+    seconds: float  # by the judge's clock
 
 
 def rerun(
@@ -51,34 +101,115 @@ def rerun(
     if " cpu:" not in submission.hardware:
         reason = f"the run was made on {submission.hardware}: trained on the CPU, it would say nothing about the claim"
         return [Check("hardware", False, reason)], None
+    if is_visible(options.data):
+        reason = f"{options.data} lies in a folder that the script can read: move the data, or use another Python"
+        return [Check("isolation", False, reason)], None
+    tokenizer = check_tokenizer(options.tokenizer)
+    if not tokenizer.ok:
+        return [tokenizer], None
     if max_seconds is None:
         max_seconds = 1800 + 2 * float(submission.settings.get("max_wallclock_seconds") or 0)
 
-    training = Training(script_path(folder), submission.settings, seed, options.data, options.tokenizer)
-    limits = Limits(options.memory_bytes, MAX_FILE_BYTES, MAX_OPEN_FILES)
+    limits = Limits(options.memory_bytes, MAX_FILE_BYTES, MAX_OPEN_FILES, processes=MAX_PROCESSES, may_fork=True)
     with tempfile.TemporaryDirectory(prefix="rerun") as name:
+        # Another user runs the script where root judges, and has to reach the folders below.
+        Path(name).chmod(0o755)
         out = Path(name, "out")
         out.mkdir()
         try:
-            train_again(training, out, limits, max_seconds)
-            artifact, result = read_results(out)
+            script = Path(name, "train_gpt.py")
+            script.write_bytes(without_comments(script_path(folder).read_bytes()))
+            shards = sorted(options.data.glob("fineweb_train_[0-9]*.bin"))
+            training = Training(script, submission.settings, seed, options.data, options.tokenizer, shards)
+            margin = min(max(MIN_MARGIN, 5 * (submission.val_bpb_std or 0.0)), MAX_MARGIN)
+            if options.unseen is None:
+                training, unseen = hold_out(training, Path(name, "unseen"))
+                options = dataclasses.replace(options, unseen=unseen)
+                margin = MAX_MARGIN  # with less text its batches are others, as with another seed
+            seconds = train_again(training, out, limits, max_seconds)
+            retrained = read_results(out, seconds)
         except RecordError as error:
             return [Check(error.check, False, str(error))], None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError, RecursionError) as error:
             reason = f"it cannot be trained again, or left no results: {error!r:.300}"
             return [Check("train", False, reason)], None
 
-        checks = [check_training(submission, seed, artifact, result)]
-        more, scores = rescore(training.script, artifact, submission, options)
+        checks = [
+            check_training(submission, seed, retrained),
+            check_curve(read_text(log_path(folder, seed)), retrained, submission),
+        ]
+        more, scores = rescore(script_path(folder), retrained.artifact, submission, options)
         checks += more
         if scores is not None:
-            margin = min(max(MIN_MARGIN, 5 * (submission.val_bpb_std or 0.0)), MAX_MARGIN)
             checks.append(check_score("rerun", scores, submission.val_bpb, margin, may_be_better=True))
         return checks, scores
 
 
-def train_again(training: Training, out: Path, limits: Limits, max_seconds: float) -> None:
-    """Run the script with its settings where the validation text does not exist; log and artifact go to `out`."""
+def without_comments(source: bytes) -> bytes:
+    """A script with its comments left out and every other line where it was; ValueError if it is not Python."""
+    lines = [line.decode() for line in source.splitlines(keepends=True)]
+    try:
+        tokens = list(tokenize.tokenize(io.BytesIO(source).readline))
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"the script cannot be read as Python: {error}") from None
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            end = lines[row - 1][token.end[1] :]
+            lines[row - 1] = lines[row - 1][:column] + end
+    return "".join(lines).encode()
+
+
+def hold_out(training: Training, folder: Path) -> tuple[Training, Path]:
+    """Keep documents at the end of the training text from the training, as unseen text of the validation's length.
+
+    -> the training without them, and the folder with their shards. ValueError where that cannot be done.
+    """
+    n_tokens = len(tg.TokenStream(str(training.data), "fineweb_val_[0-9]*.bin"))
+    decoder = Tokenizer(training.tokenizer.read_bytes(), training.tokenizer)
+    bos_id = int(training.settings["bos_id"])
+    last = tg.TokenStream(str(training.data), training.train_shards[-1].name) if training.train_shards else None
+    if last is None or len(last) < 3 * n_tokens:
+        raise ValueError("the last training shard is too short to keep a part of it unseen: name a text with --unseen")
+    ids = last.read(0, len(last))
+    starts = np.flatnonzero(ids == bos_id)
+    starts = starts[starts >= len(ids) - n_tokens]
+    if len(starts) < 2:
+        raise ValueError("the end of the training text holds no two documents: name an unseen text with --unseen")
+
+    texts = [decoder.decode(document[1:]) for document in np.split(ids, starts)[1:]]
+    tokens = []
+    n_bytes = []
+    for text in texts:
+        document, counted = decoder.encode_with_bytes(text)
+        tokens += [np.array([bos_id], np.uint16), document]
+        n_bytes += [np.zeros(1, np.uint16), counted.astype(np.uint16)]
+    write_text(folder, np.concatenate(tokens), np.concatenate(n_bytes), text_sha256(texts), training.tokenizer)
+
+    shortened = folder / training.train_shards[-1].name
+    write_shard(shortened, ids[: starts[0]])
+    return training._replace(train_shards=[*training.train_shards[:-1], shortened]), folder
+
+
+def write_text(folder: Path, ids: np.ndarray, n_bytes: np.ndarray, sha256: str, tokenizer: Path) -> None:
+    """Shards of a text to score, with the manifest that the root's script wants to see."""
+    folder.mkdir()
+    write_shard(folder / "fineweb_val_000000.bin", ids)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", n_bytes)
+    files = {path.name: file_sha256(path) for path in folder.glob("fineweb_val_*.bin")}
+    manifest = {
+        "bytes_rule": "decoded",
+        "splits": {"val": {"text_sha256": sha256, "files": files}},
+        "tokenizer": {"sha256": file_sha256(tokenizer), "lossless": False},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def train_again(training: Training, out: Path, limits: Limits, max_seconds: float) -> float:
+    """Run the script with its settings where the validation text does not exist; log and artifact go to `out`.
+
+    -> the seconds that it took
+    """
     decoy = out.parent / "decoy"
     make_decoy(training, decoy)
     binds = [
@@ -86,7 +217,7 @@ def train_again(training: Training, out: Path, limits: Limits, max_seconds: floa
         Bind(training.tokenizer.resolve(), "/data/tokenizer.model"),
         Bind(out, "/out", writable=True),
     ]
-    for path in [*decoy.iterdir(), *training.data.glob("fineweb_train_[0-9]*.bin")]:
+    for path in [*decoy.iterdir(), *training.train_shards]:
         binds.append(Bind(path.resolve(), f"/data/{path.name}"))
 
     env = {}
@@ -106,17 +237,32 @@ def train_again(training: Training, out: Path, limits: Limits, max_seconds: floa
         process = Sandboxed(
             ["/record/train_gpt.py"], binds, limits, env, stdin=subprocess.DEVNULL, stdout=screen, stderr=screen
         )
+        started = time.monotonic()
         try:
-            status = process.popen.wait(max_seconds)
-        except subprocess.TimeoutExpired:
-            raise RecordError("time", f"the training took more than {max_seconds:g} s") from None
+            status = wait(process, out, started + max_seconds)
         finally:
             process.close()
+        seconds = time.monotonic() - started
         screen.seek(0)
         lines = screen.read().decode(errors="replace").strip().splitlines()
     if status != 0:
         last_line = lines[-1][:300] if lines else ""
         raise RecordError("train", f"the script ended with status {status}: {last_line}")
+    return seconds
+
+
+def wait(process: Sandboxed, out: Path, end: float) -> int:
+    """The exit status of a training. RecordError if it takes too long or writes too much."""
+    while True:
+        try:
+            return process.popen.wait(1.0)
+        except subprocess.TimeoutExpired:
+            pass
+        if time.monotonic() > end:
+            raise RecordError("time", "the training took longer than it may (--train-timeout)")
+        n_bytes = sum(path.lstat().st_size for path in out.rglob("*"))
+        if n_bytes > MAX_OUT_BYTES:
+            raise RecordError("train", f"the training wrote {n_bytes} bytes, at most {MAX_OUT_BYTES} are allowed")
 
 
 def make_decoy(training: Training, folder: Path) -> None:
@@ -126,20 +272,12 @@ def make_decoy(training: Training, folder: Path) -> None:
     ids = train.read(0, min(n_tokens, len(train)))
     train.require_below(int(training.settings["vocab_size"]), ids, 0)
 
-    folder.mkdir()
-    write_shard(folder / "fineweb_val_000000.bin", ids)
     # Any number of bytes would do, since nobody looks at the score.
-    write_shard(folder / "fineweb_val_bytes_000000.bin", np.where(ids == int(training.settings["bos_id"]), 0, 2))
-    sha256 = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    tokenizer_sha256 = hashlib.sha256(training.tokenizer.read_bytes()).hexdigest()
-    manifest = {
-        "splits": {"val": {"text_sha256": "decoy", "files": sha256}},
-        "tokenizer": {"sha256": tokenizer_sha256, "lossless": False},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    n_bytes = np.where(ids == int(training.settings["bos_id"]), 0, 2).astype(np.uint16)
+    write_text(folder, ids, n_bytes, "decoy", training.tokenizer)
 
 
-def read_results(out: Path) -> tuple[Path, SeedResult]:
+def read_results(out: Path, seconds: float) -> Retrained:
     """The artifact and the results that a training left; ValueError if it left none."""
     for path in out.iterdir():
         if path.is_symlink():
@@ -147,12 +285,16 @@ def read_results(out: Path) -> tuple[Path, SeedResult]:
     artifacts = [path for path in sorted(out.glob("final_model.*.ptz")) if path.is_file()]
     if not artifacts:
         raise ValueError("it left no final_model.*.ptz")
-    return artifacts[0], seed_result(read_json(out / f"{RUN_ID}.json"))
+    run = read_json(out / f"{RUN_ID}.json")
+    if found := run_faults(run):
+        raise ValueError(f"{RUN_ID}.json is not the JSON of a training run: {found[0]}")
+    return Retrained(artifacts[0], run, read_text(out / f"{RUN_ID}.txt"), seconds)
 
 
-def check_training(submission: Submission, seed: str, artifact: Path, result: SeedResult) -> Check:
-    """Whether the new training stays within the limits of the track."""
-    n_bytes = artifact.stat().st_size + submission.bytes_code
+def check_training(submission: Submission, seed: str, retrained: Retrained) -> Check:
+    """Whether the new training stays within the limits of the track, and took the time that it says."""
+    result = seed_result(retrained.run)
+    n_bytes = retrained.artifact.stat().st_size + submission.bytes_code
     track = track_of(submission)
     problems = []
     if track and track.max_total_bytes is not None and n_bytes > track.max_total_bytes:
@@ -160,5 +302,39 @@ def check_training(submission: Submission, seed: str, artifact: Path, result: Se
     # Written so that NaN, which the script may well report, is a problem too.
     if track and track.max_train_seconds is not None and not result.train_seconds <= track.max_train_seconds:
         problems.append(f"{result.train_seconds:.1f} s of training, the track allows {track.max_train_seconds:g}")
+
+    ledger = sum(result.ledger_seconds.values())
+    allowed = CLOCK_SECONDS + CLOCK_SHARE * retrained.seconds
+    if not abs(ledger - retrained.seconds) <= allowed:
+        problems.append(f"its ledger has {ledger:.1f} s, the judge's clock {retrained.seconds:.1f} s")
+
+    found = file_sha256(retrained.artifact)
+    for other, old in submission.seed_results.items():
+        if other != seed and old.artifact_sha256 == found:
+            problems.append(f"seed {seed} gives the artifact of seed {other}: it does not come from the training")
     summary = f"seed {seed}, validation text hidden: {n_bytes} bytes in all, {result.train_seconds:.1f} s of training"
     return verdict("train", problems, summary)
+
+
+def check_curve(old_log: str, retrained: Retrained, submission: Submission) -> Check:
+    """Whether the losses of the new training go down as those in the record's log, step by step."""
+    old = parse_log(old_log).train_curve
+    new = parse_log(retrained.log).train_curve
+    problems = []
+    if not submission.settings.get("max_wallclock_seconds") and last_step(old) != last_step(new):
+        problems.append(f"{last_step(new)} steps, the record's log has {last_step(old)}")
+
+    losses = {point.step: point.loss for point in old}
+    differences = [abs(point.loss - losses[point.step]) for point in new if point.step in losses]
+    if len(differences) < 2:
+        problems.append("the two logs share no steps that could be compared")
+        return verdict("curve", problems, "")
+    usual = float(np.quantile(differences, SHARE_OF_STEPS))
+    summary = f"at {len(differences)} steps the training losses differ by at most {usual:.3f} nats, but for a tenth"
+    if not usual <= MAX_LOSS_DIFFERENCE:
+        problems.append(f"{summary}; {MAX_LOSS_DIFFERENCE} are allowed")
+    return verdict("curve", problems, summary)
+
+
+def last_step(curve: list[CurvePoint]) -> int:
+    return max((point.step for point in curve), default=0)

@@ -115,6 +115,13 @@ def package_folders() -> list[str]:
     return folders
 
 
+def is_visible(path: Path) -> bool:
+    """Whether a file or folder outside lies where a program in the sandbox can read it."""
+    real = os.path.realpath(path)
+    folders = [os.path.realpath(folder) for folder in (*SYSTEM_PATHS, *python_folders(), *package_folders())]
+    return any(f"{real}/".startswith(f"{folder}/") for folder in folders)
+
+
 def python_folders() -> list[str]:
     """The interpreter's own folders. Not its prefix, which is the project itself after `python -m venv .`."""
     folders = []

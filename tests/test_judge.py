@@ -421,7 +421,7 @@ def load_artifact(path, device="cpu"):
 
 READS_VAL = """
 def act():
-    open("VAL", "rb").read()
+    open("/data/fineweb_val_000000.bin", "rb").read()
 """
 
 NETWORK = """
@@ -549,6 +549,62 @@ def load_predictor(path, device="cpu"):
 """
 
 
+A_LITTLE_EVERYWHERE = """
+def changed(ids, logits):
+    # The target gets 1.03 times its probability.
+    return logits + 0.03 * F.one_hot(torch.cat((ids[:, 1:], ids[:, :1]), 1), logits.size(2))
+"""
+
+HALF = """
+
+load_honestly = load_artifact
+
+
+def load_artifact(path, device="cpu"):
+    model = load_honestly(path, device)
+    forward = model.forward
+
+    def in_bfloat16(ids):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(ids).float()
+
+    model.forward = torch.compile(in_bfloat16)
+    return model
+"""
+
+LEARNS = """
+
+class Learner:
+    # The model with a bias that learns from what was observed.
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        self.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+        self.optimizer = torch.optim.SGD([self.bias], lr=0.01)
+        self.past = torch.zeros(0, dtype=torch.int64)
+
+    def logits(self, ids):
+        context = self.past[-16:]
+        with torch.no_grad():
+            logits = self.model(torch.cat((context, ids))[None])[0]
+        return logits[len(context) - 1 : -1] + self.bias
+
+    def predict(self, ids):
+        return self.logits(ids).log_softmax(1).detach()
+
+    def observe(self, ids):
+        if len(self.past):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.logits(ids), ids).backward()
+            self.optimizer.step()
+        self.past = torch.cat((self.past, ids))[-16:]
+
+
+def load_predictor(path, device="cpu"):
+    return Learner(load_artifact(path, device))
+"""
+
+
 class Bomb:
     def __reduce__(self):
         return Path, ("exploded",)
@@ -575,14 +631,28 @@ CHEATS = {
     "scores twice": (ADAPTIVE + SCORES_TWICE, "B", "causal"),
     "leaks the chunk, and remembers": (ADAPTIVE + REMEMBERS, "B", "causal"),
     "learns twice": (ADAPTIVE + SIDE_EFFECTS, "B", "side_effects"),
+    "a little everywhere": (WRAPPED + A_LITTLE_EVERYWHERE, "A", "causal"),
     "honest and adaptive": (ADAPTIVE, "B", ""),
+    "honest, with an optimizer": (LEARNS, "B", ""),
+    "honest, in bfloat16 and compiled": (HALF, "A", ""),
 }
 
 
-def adaptive_score(honest: Path) -> dict[str, float]:
-    """What the adaptive predictor claims: the loop that tools/judge.py describes, written again."""
+def half_score(honest: Path) -> dict[str, float]:
+    """What the model claims that computes in bfloat16."""
+    config, split = tg.load_artifact(record.artifact_path(honest)).config, honest / "data"
     names = {"torch": torch, "load_artifact": tg.load_artifact}
-    exec(ADAPTIVE, names)
+    exec(HALF.replace("torch.compile(in_bfloat16)", "in_bfloat16"), names)
+    model = names["load_artifact"](record.artifact_path(honest))
+    loaded = judge.load_split(split, split / "tokenizer.model", config)
+    score = tg.evaluate(model, loaded, config, 4096, tg.World())
+    return {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+
+
+def adaptive_score(honest: Path, code: str) -> dict[str, float]:
+    """What an adaptive predictor claims: the loop that tools/judge.py describes, written again."""
+    names = {"torch": torch, "F": torch.nn.functional, "load_artifact": tg.load_artifact}
+    exec(code, names)
     predictor = names["load_predictor"](record.artifact_path(honest))
     ids = torch.from_numpy(np.array(read_shard(honest / "data" / "fineweb_val_000000.bin"), np.int64))
     n_bytes = int(read_shard(honest / "data" / "fineweb_val_bytes_000000.bin")[1:].sum(dtype=np.int64))
@@ -601,12 +671,11 @@ def checks_of_cheats(honest, tmp_path_factory) -> Iterator[dict[str, list[judge.
 
     def cheat(name: str) -> Path:
         code, predictor_class, _ = CHEATS[name]
-        code = code.replace("VAL", str(honest / "data" / "fineweb_val_000000.bin"))
         changes = {}
         if name == "pickle bomb":
             changes = {"artifact_sha256": record.sha256(pickle.dumps(Bomb()))}
-        elif name == "honest and adaptive":
-            changes = adaptive_score(honest)
+        elif name.startswith("honest"):
+            changes = adaptive_score(honest, code) if predictor_class == "B" else half_score(honest)
         folder = forge(honest, root / name / honest.name, code, changes, predictor_class=predictor_class)
         if name == "pickle bomb":
             record.artifact_path(folder).write_bytes(pickle.dumps(Bomb()))

@@ -426,6 +426,7 @@ def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
     records = tmp_path_factory.mktemp("records")
     settings = {**record_settings, "DATA_PATH": str(text), "TOKENIZER_PATH": str(text / "tokenizer.model")}
     settings |= {"TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "1024"}  # so that a row holds several documents
+    settings |= {"ITERATIONS": "15", "GPTQ_CALIBRATION_BATCHES": "4"}
     runs = []
     for seed in ("1", "2"):
         run = run_script(**settings, SEED=seed, MAX_WEIGHT_BITS="4", OUT_DIR="logs", ARTIFACT_DIR=str(records / seed))

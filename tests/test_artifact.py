@@ -479,6 +479,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(SHAPES, st.sampled_from(["int8_zlib", "trellis_ans"]), st.integers(0, 2**20), st.booleans())
 def test_any_shape_in_few_bytes_is_refused_soon(refused, shape, codec, n_bytes, with_words):

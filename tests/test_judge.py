@@ -173,15 +173,14 @@ def test_a_leak_at_one_place_in_a_thousand_is_found(record_config, seq_len):
         return torch.where(known, 9.0 * torch.nn.functional.one_hot(padded[:, 3:], 64), table[ids])
 
     assert judged_fixed(config, split, lambda ids: table[ids])[1] == set()
-    for seed in range(2):
-        assert judged_fixed(config, split, logits, seed)[1] == {"causal"}
+    assert judged_fixed(config, split, logits)[1] == {"causal"}
 
 
 def test_a_channel_between_the_processes_does_not_help(random_model, record_config, data):
     """The scored process tells all that it sees, and every process looks there for what follows its context."""
     config = dataclasses.replace(record_config, vocab_size=320, eval_method="document", compute_dtype="float32")
     model = random_model(config)
-    split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {})
+    split = tg.ValSplit(data.val[:120], data.val_bytes[:120], {})
     told: dict[tuple[int, ...], int] = {}
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -332,13 +331,13 @@ def test_a_sample_does_not_accuse_honest_records(n):
     truth = nats.sum() / math.log(2) / n_bytes.sum()
     covered = 0
     accused = 0
-    for _ in range(500):
+    for _ in range(200):
         chosen = rng.choice(2000, n, replace=False)
         scores = judge.UnitScores(nats[chosen], n_bytes[chosen], 0, 2000)
         covered += abs(scores.bpb - truth) <= scores.interval
         accused += not judge.check_score("score", scores, truth, judge.SAME_SCORE).ok
-    assert 0.87 <= covered / 500 <= 0.99
-    assert accused / 500 <= 0.02
+    assert 0.87 <= covered / 200 <= 0.99
+    assert accused / 200 <= 0.02
 
 
 def test_what_is_not_compared_is_not_ok():

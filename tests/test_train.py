@@ -704,6 +704,7 @@ def test_setting_that_contradicts_the_artifact_is_refused():
     assert adopted == dataclasses.replace(stored, compute_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_artifact_to_the_bit(trained_record, run_script, record_settings):
     """In a process with another seed of Python's hashes."""
     again = run_script(tg.__file__, **record_settings)

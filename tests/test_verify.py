@@ -340,7 +340,7 @@ def test_limits_of_a_track_hold(honest, tmp_path):
     assert "not on the published FineWeb validation text" in found["track"]
     assert "600.50 s of training" in found["clock"]
     assert {"context", "benchmark"} <= set(failures("track_tiny_100m")["track"].split())
-    assert "below 1.2244 at p = 0.99" in failures("track_speedrun")["track"]
+    assert "below 1.2244 at p = " in failures("track_speedrun")["track"]
 
 
 @pytest.mark.parametrize("day", ["1970-01-01", "2026-13-45", "2099-01-01", "", "20260201", "yesterday", "2026-02-30"])

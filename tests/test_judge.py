@@ -96,6 +96,7 @@ def test_nobody_has_seen_a_token_when_it_is_asked_for(record_config, data, metho
     split = tg.ValSplit(data.val, data.val_bytes, {})
     rows = judge.sample_windows(split, config, 0, rng).rows
     places = judge.draw_places(data.val, rows, config.eval_seq_len, rng)
+    places = [place for place in places if not place.is_late]
     turns = judge.in_turns(places)
     assert sorted(i for turn in turns for i in turn) == list(range(len(places)))
 
@@ -142,11 +143,14 @@ def test_places_are_drawn_at_random_and_where_a_leak_pays():
     rng = np.random.default_rng(0)
     ids = np.where(rng.random(40_000) < 0.9, 7, rng.integers(2, 500, 40_000)).astype(np.uint16)
     targets = np.arange(1, 40_000)
-    positions, at_random = judge.draw_positions(ids, targets, rng)
-    assert at_random.sum() == judge.places_needed(len(targets))
-    assert len(np.unique(positions)) == len(positions) == int(1.25 * at_random.sum())
+    positions, at_random, is_late = judge.draw_positions(ids, targets, rng)
+    early = at_random & ~is_late
+    assert early.sum() == judge.places_needed(len(targets))
+    assert is_late.sum() == int(judge.LATE_SHARE * early.sum())
+    assert (~at_random).sum() == int(judge.COSTLY_SHARE * early.sum())
+    assert len(np.unique(positions)) == len(positions)
     assert np.isin(positions, targets).all()
-    assert (ids[positions[at_random]] == 7).mean() == pytest.approx(0.9, abs=0.02)
+    assert (ids[positions[at_random]] == 7).mean() == pytest.approx(0.9, abs=0.03)
     assert (ids[positions[~at_random]] == 7).mean() < 0.5
 
 
@@ -199,6 +203,39 @@ def test_a_channel_between_the_processes_does_not_help(random_model, record_conf
     honest, _ = judged_fixed(config, split, model)
     assert scores.bpb < honest.bpb - 0.5
     assert "causal" in failures
+
+
+def test_telling_the_scored_process_which_places_were_asked_does_not_help(
+    random_model, record_config, data, monkeypatch
+):
+    """It answers honestly there, and knows what follows everywhere else: other places are asked afterwards."""
+    monkeypatch.setattr(judge, "LEAK_RATE", 20)
+    config = dataclasses.replace(record_config, vocab_size=320, eval_method="flat", compute_dtype="float32")
+    model = random_model(config)
+    split = tg.ValSplit(data.val[:600], data.val_bytes[:600], {})
+    asked: set[tuple[int, ...]] = set()
+    n_started = 0
+
+    def start() -> InProcess:
+        nonlocal n_started
+        n_started += 1
+        is_scored = n_started == 2
+
+        def logits(ids: torch.Tensor) -> torch.Tensor:
+            answer = model(ids).clone()
+            for i, row in enumerate(ids.tolist()):
+                for column in range(len(row) - 1):
+                    context = tuple(row[: column + 1])
+                    if not is_scored:
+                        asked.add(context)
+                    elif context not in asked:
+                        answer[i, column, row[column + 1]] += 2.0
+            return answer
+
+        return InProcess(config, logits)
+
+    _, checks = judge.judge_fixed(start(), start, split, options(), np.random.default_rng(0))
+    assert "causal" in failed(checks)
 
 
 class Adaptive:

@@ -24,12 +24,15 @@ the token at a place, or anything that follows, before the blind one has answere
 - Class B: all places of a chunk are asked before the chunk is scored, from left to right, in a process that observed
   the same chunks. Nobody in the sandbox has seen the chunk then.
 
-A record that answers honestly while it is asked and knows more while it is scored gives other distributions, and one
-that guesses which places were drawn guesses in vain. Places are not chosen afterwards by how much the record knew
-there, because by then a process of the record has seen the whole text. Where a leak would pay is estimated beforehand
-instead, by a bigram model of the text. What this cannot see is knowledge that lies in the artifact, the script or the
-tokenizer from the beginning: for this there are the check `tokenizer`, --unseen and --rerun. And no earlier judging on
-the same machine should have left a trace of the text: use a machine, or a start of it, that the record has not run on.
+A record that answers honestly while it is asked and knows more while it is scored gives other distributions. The same
+channel could tell the scored process, the other way round, which places were asked, so that it cheats at all others.
+So some more places, which no process was asked about before, are asked after they were scored. To pass both times, a
+record has to carry the places one way and the text the other way, through a sandbox that refuses every channel that we
+know of. Where a leak would pay most is not taken from the record's answers but estimated by a bigram model of the text.
+
+What this cannot see is knowledge that lies in the artifact, the script or the tokenizer from the beginning: for this
+there are the checks `tokenizer` and `vocabulary`, --unseen and --rerun. And no earlier judging on the same machine
+should have left a trace of the text: use a machine, or a start of it, that the record has not run on.
 
 The score that a record of class B claims is that of this loop over the whole validation split `ids`, and its script has
 to report it as val_loss and val_bpb:
@@ -92,6 +95,8 @@ BATCH_TOKENS = 524_288  # per forward pass, at most
 LEAK_RATE = 1000
 POWER = 0.99
 COSTLY_SHARE = 0.25
+# Of the number of places drawn at random: so many more are asked only after they were scored.
+LATE_SHARE = 0.2
 # Tokens that all questions may cost together: so many, or so many times the tokens of the text if those are more.
 MAX_QUESTION_TOKENS = 2**26
 MAX_QUESTION_TEXTS = 4
@@ -627,6 +632,7 @@ class Place(NamedTuple):
     position: int  # of the target, in the split
     target: int
     at_random: bool  # otherwise it was drawn because a bigram model loses much there
+    is_late: bool  # asked after it was scored
     row: int  # the row of the scored batches that has it
     before: tuple[range, ...]  # positions of all that stands before the target in its row, in order
 
@@ -661,8 +667,16 @@ def places_needed(n_targets: int) -> int:
     return math.ceil(n_targets * (1 - (1 - POWER) ** (1 / n_leaks)))
 
 
-def draw_positions(ids: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to ask at, out of `targets` (N,). -> (M,) positions in order, (M,) bool: whether drawn at random"""
+class Drawn(NamedTuple):
+    """Positions to ask at, in order."""
+
+    positions: np.ndarray  # (M,)
+    at_random: np.ndarray  # (M,) bool
+    is_late: np.ndarray  # (M,) bool: asked after they were scored
+
+
+def draw_positions(ids: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> Drawn:
+    """Positions to ask at, out of `targets` (N,)."""
     n_random = places_needed(len(targets))
     random = rng.choice(targets, n_random, replace=False)
 
@@ -673,8 +687,10 @@ def draw_positions(ids: np.ndarray, targets: np.ndarray, rng: np.random.Generato
         nats = bigram_nats(ids)[others]
         costly = rng.choice(others, n_costly, replace=False, p=nats / nats.sum())
 
-    positions = np.sort(np.concatenate((random, costly)))
-    return positions, np.isin(positions, random)
+    others = np.setdiff1d(others, costly, assume_unique=True)
+    late = rng.choice(others, min(int(LATE_SHARE * n_random), len(others)), replace=False)
+    positions = np.sort(np.concatenate((random, costly, late)))
+    return Drawn(positions, ~np.isin(positions, costly), np.isin(positions, late))
 
 
 def draw_places(
@@ -685,18 +701,25 @@ def draw_places(
     n_columns   the length of a row
     """
     targets = np.concatenate([np.arange(window.first, window.stop) for row in rows for window in row])
-    positions, at_random = draw_positions(ids, targets, rng)
-    require_affordable(len(positions), n_columns, len(ids))
+    drawn = draw_positions(ids, targets, rng)
+    require_affordable(len(drawn.positions), n_columns, len(ids))
 
     places = []
     for number, row in enumerate(rows):
         before: tuple[range, ...] = ()
         for window in row:
-            first, stop = np.searchsorted(positions, (window.first, window.stop))
+            first, stop = np.searchsorted(drawn.positions, (window.first, window.stop))
             for i in range(first, stop):
-                position = int(positions[i])
-                shown = (*before, range(window.start, position))
-                places.append(Place(position, int(ids[position]), bool(at_random[i]), number, shown))
+                position = int(drawn.positions[i])
+                place = Place(
+                    position=position,
+                    target=int(ids[position]),
+                    at_random=bool(drawn.at_random[i]),
+                    is_late=bool(drawn.is_late[i]),
+                    row=number,
+                    before=(*before, range(window.start, position)),
+                )
+                places.append(place)
             before = (*before, range(window.start, window.stop - 1))
     return sorted(places, key=lambda place: place.position)
 
@@ -979,7 +1002,9 @@ def judge_fixed(
     config = blind.config
     with blind:
         sample = sample_windows(split, config, options.sample, rng)
-        places = draw_places(ids, sample.rows, config.eval_seq_len, rng)
+        drawn = draw_places(ids, sample.rows, config.eval_seq_len, rng)
+        places = [place for place in drawn if not place.is_late]
+        late_places = [place for place in drawn if place.is_late]
         turns = in_turns(places)
 
         # Documents without those before them come first: nobody can repeat then what it answered when it knew more.
@@ -989,31 +1014,42 @@ def judge_fixed(
         repeated = ask_repeatedly(blind, places, turns[0], ids, rows_of_batch(sample.rows, config), rng)
         expected = ask_blind(blind, places, turns, ids)
 
-    places_of_row: dict[int, list[int]] = {}
+    early_of_row: dict[int, list[int]] = {}
     for i, place in enumerate(places):
-        places_of_row.setdefault(place.row, []).append(i)
+        early_of_row.setdefault(place.row, []).append(i)
+    late_of_row: dict[int, list[int]] = {}
+    for i, place in enumerate(late_places):
+        late_of_row.setdefault(place.row, []).append(i)
     with_future = Answers()
+    late_scored = torch.empty(len(late_places), config.vocab_size)
 
     def compare(row: int, logits: Tensor) -> None:
-        for i in places_of_row.get(row, []):
+        for i in early_of_row.get(row, []):
             place = places[i]
             scored = logits[place.column].log_softmax(0)
             with_future.compare(place.target, place.at_random, scored, expected[i])
+        for i in late_of_row.get(row, []):
+            late_scored[i] = logits[late_places[i].column].log_softmax(0)
 
     with start() as process:
         scores = score_fixed(process, split, sample, rng, compare)
-        checks = [
-            check_same_answers("causal", "what follows", with_future, repeated.rounding()),
-            check_repeated(repeated),
-        ]
-        if documents:
-            with_documents = Answers()
-            for i, answer in alone.items():
-                with_documents.compare(places[i].target, True, expected[i], answer)
-            checks.append(check_same_answers("documents", "the documents before", with_documents, MOST_ROUNDING))
-        if options.unseen:
-            checks.append(check_unseen(process, False, scores, options, rng))
-    return scores, checks
+        unseen = [check_unseen(process, False, scores, options, rng)] if options.unseen else []
+    if late_places:
+        with start() as afterwards:
+            late_expected = ask_blind(afterwards, late_places, in_turns(late_places), ids)
+        for place, scored, answer in zip(late_places, late_scored, late_expected, strict=True):
+            with_future.compare(place.target, place.at_random, scored, answer)
+
+    checks = [
+        check_same_answers("causal", "what follows", with_future, repeated.rounding()),
+        check_repeated(repeated),
+    ]
+    if documents:
+        with_documents = Answers()
+        for i, answer in alone.items():
+            with_documents.compare(places[i].target, True, expected[i], answer)
+        checks.append(check_same_answers("documents", "the documents before", with_documents, MOST_ROUNDING))
+    return scores, [*checks, *unseen]
 
 
 def check_unseen(
@@ -1058,20 +1094,19 @@ def score_adaptive(
 ) -> AdaptivePass:
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
-    `twin` is the blind process, which observes the same. Before `process` is shown a chunk, the twin is asked about the
-    places in it, from left to right, with copies in which older text replaces everything from the place on. Without a
-    twin nothing is asked.
+    `twin` is the blind process, which observes the same. Before `process` is shown a chunk, the twin is asked about
+    places in it, from left to right, with copies in which older text replaces everything from the place on; about the
+    late ones afterwards. Without a twin nothing is asked.
     """
     ids = split.ids.astype(np.int64)
     size = process.config.eval_seq_len
     starts = np.flatnonzero(ids == process.config.bos_id)
     end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
     chunks = [(begin, min(begin + size, end)) for begin in range(1, end, size)]
-    positions = np.zeros(0, np.int64)
-    at_random = np.zeros(0, bool)
+    drawn = Drawn(np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, bool))
     if twin is not None:
-        positions, at_random = draw_positions(ids, np.arange(1, end), rng)
-        require_affordable(len(positions), min(size, end), len(ids))
+        drawn = draw_positions(ids, np.arange(1, end), rng)
+        require_affordable(len(drawn.positions), min(size, end), len(ids))
     repeated_chunks = set(rng.choice(len(chunks), min(REPEATED_QUESTIONS, len(chunks)), replace=False).tolist())
 
     nats = np.zeros(end)
@@ -1085,21 +1120,22 @@ def score_adaptive(
 
     for number, (begin, stop) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
         chunk = ids[begin:stop]
-        first, last = np.searchsorted(positions, (begin, stop))
-        places = (positions[first:last] - begin).tolist()
-        expected = []
-        for place in places:
-            assert twin is not None
-            altered = with_older_text(ids, begin, stop, place, rng)
-            expected.append(twin.predict_at(altered, place))
-
+        first, last = np.searchsorted(drawn.positions, (begin, stop))
+        places = {i: int(drawn.positions[i]) - begin for i in range(first, last)}
+        copies = {i: with_older_text(ids, begin, stop, place, rng) for i, place in places.items()}
+        early = [i for i in places if not drawn.is_late[i]]
+        late = [i for i in places if drawn.is_late[i]]
+        expected = {i: twin.predict_at(copies[i], places[i]) for i in early} if twin is not None else {}
         log_probs = process.predict(chunk)
         log_sums = log_probs.logsumexp(1, keepdim=True)
         largest_log_sum = max(largest_log_sum, float(log_sums.abs().max()))
         log_probs = log_probs - log_sums
         nats[begin:stop] = -log_probs[torch.arange(len(chunk)), torch.from_numpy(chunk)].double().numpy()
-        for place, is_random, answer in zip(places, at_random[first:last].tolist(), expected, strict=True):
-            with_future.compare(int(chunk[place]), is_random, log_probs[place], answer)
+        if twin is not None:
+            expected |= {i: twin.predict_at(copies[i], places[i]) for i in late}
+        for i, answer in expected.items():
+            is_random = bool(drawn.at_random[i])
+            with_future.compare(int(chunk[places[i]]), is_random, log_probs[places[i]], answer)
 
         # The chunk is no secret any more, and has to be predicted as before: by the same process and by the other one.
         if twin is not None and number in repeated_chunks:

@@ -94,9 +94,9 @@ BATCH_TOKENS = 524_288  # per forward pass, at most
 # what a bigram model loses at a place, because that is where a leak pays most.
 LEAK_RATE = 1000
 POWER = 0.99
-COSTLY_SHARE = 0.25
+COSTLY_SHARE = 0.1
 # Of the number of places drawn at random: so many more are asked only after they were scored.
-LATE_SHARE = 0.2
+LATE_SHARE = 0.1
 # Tokens that all questions may cost together: so many, or so many times the tokens of the text if those are more.
 MAX_QUESTION_TOKENS = 2**26
 MAX_QUESTION_TEXTS = 4

@@ -60,6 +60,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if sys.platform != "win32":
     import fcntl
@@ -193,7 +194,7 @@ class Hyperparameters:
     # Schedule
     iterations: int = 20_000  # steps, at most
     max_wallclock_seconds: float = 600.0  # of training; 0 means no limit
-    warmup_steps: int = 20  # steps that compile the model before the clock starts and are undone; a CPU takes one
+    warmup_steps: int = 2  # steps that compile the model before the clock starts and are undone
     warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
     warmdown_iters: int = 0  # the same in steps; above 0 it replaces WARMDOWN_FRAC
     min_lr: float = setting(0.1, high=1)  # the learning rate never falls below this part of its base value
@@ -795,6 +796,8 @@ GATE_INPUTS = 12  # channels that a gate looks at
 
 LossFn = Callable[[Tensor, Tensor, bool], Tensor]  # ids, targets and whether layers are looped -> mean nats
 LogitsFn = Callable[[Tensor], Tensor]
+# What a query may look at, in the form that a kind of attention wants: see attention_mask.
+Mask = BlockMask | Tensor | None
 
 
 def norm(x: Tensor) -> Tensor:
@@ -808,19 +811,26 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Output channels times `scale` (n_out,), if there is one.
+
+        The rows of the matrix are scaled, which are fewer than the tokens. So the gradient of the scale is a sum over
+        columns, and not over tokens.
+        """
+        weight = self.weight if scale is None else scale[:, None] * self.weight
+        return F.linear(x, weight.to(x.dtype))
 
 
-class Gate(Linear):
+class Gate(nn.Module):
     """Gates in (0, 1), 1/2 at first. They look at a few channels of their input only, which suffices and is cheap."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(min(GATE_INPUTS, n_in), n_out)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, min(GATE_INPUTS, n_in)))
 
     def forward(self, x: Tensor) -> Tensor:
         n_in = self.weight.size(1)
-        return torch.sigmoid(super().forward(x[..., :n_in]))
+        return torch.sigmoid(F.linear(x[..., :n_in], self.weight.to(x.dtype)))
 
 
 def rotary_table(seq_len: int, n_dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -855,22 +865,91 @@ def document_numbers(ids: Tensor, config: GPTConfig) -> Tensor:
     return torch.zeros_like(ids[:1], dtype=torch.int32)
 
 
-def attention_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores: 0 for a token's predecessors in its document and itself, else -inf.
+def attention_kind(config: GPTConfig, device: torch.device, compiled: bool) -> str:
+    """The fastest way of `attend` that works here.
 
-    (B, T) numbers of documents -> (B, 1, T, T)
+    blocks  query blocks, on a CPU
+    flex    FlexAttention, which skips what a document mask hides; without a compiler it is slow
+    sdpa    torch's own attention: with document masks a dense mask, else causal, where it is the fastest
     """
+    if device.type == "cpu":
+        return "blocks"
+    # FlexAttention has no kernel for heads of fewer than 16 channels.
+    if device.type == "cuda" and compiled and config.document_masks and config.head_dim >= 16:
+        return "flex"
+    return "sdpa"
+
+
+def attention_mask(ids: Tensor, config: GPTConfig, dtype: torch.dtype, kind: str) -> Mask:
+    """What a kind of attention has to know of a batch (B, T): a token sees its document up to itself. Once per batch.
+
+    blocks  numbers of documents, (B, T) or (1, T) int32
+    flex    a BlockMask, which lists the blocks of 128 keys that each block of 128 queries sees
+    sdpa    (B, 1, T, T), 0 where a query sees a key, else -inf; None if all rows are plainly causal
+    """
+    if kind == "sdpa" and not config.document_masks:
+        return None
+    document = document_numbers(ids, config)
+    if kind == "blocks":
+        return document
+    if kind == "flex":
+        return block_mask(document)
+
     visible = (document[:, :, None] == document[:, None, :]).tril_()
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, -math.inf)[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention, causal if there is no mask. (B, H, T, E), (B, K, T, E), (B, K, T, E), (B, 1, T, T) -> (B, H, T, E)"""
+FLEX_BLOCK = 128  # queries and keys of a block, the size that FlexAttention is fastest with
+
+
+def block_mask(document: Tensor) -> BlockMask:
+    """(B, T) numbers of documents, which never fall along a row -> mask for FlexAttention
+
+    The same as create_block_mask makes of `is_visible`. That one looks at all pairs of tokens and so must be compiled,
+    which took 25 s on a new machine. Here the first and the last document of a block tell enough.
+    """
+    T = document.size(1)
+    starts = torch.arange(0, T, FLEX_BLOCK, device=document.device)
+    ends = (starts + FLEX_BLOCK - 1).clamp_max(T - 1)
+    first = document[:, starts]  # (B, n) documents at the edges of each block
+    last = document[:, ends]
+
+    # By block of queries and block of keys, (B, 1, n, n): whether any of its pairs is visible, and whether all are.
+    any_visible = (last[:, None, :] >= first[:, :, None]).tril()
+    all_visible = (first[:, None, :] == last[:, :, None]).tril(-1)
+    is_whole = starts + FLEX_BLOCK <= T
+    all_visible = all_visible & is_whole[:, None]
+    some_hidden = (any_visible & ~all_visible)[:, None]
+    none_hidden = all_visible[:, None]
+
+    def is_visible(b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (document[b, i] == document[b, j])
+
+    return BlockMask.from_kv_blocks(
+        some_hidden.sum(-1, dtype=torch.int32),
+        in_front(some_hidden),
+        none_hidden.sum(-1, dtype=torch.int32),
+        in_front(none_hidden),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=is_visible,
+        seq_lengths=(T, T),
+    )
+
+
+def in_front(chosen: Tensor) -> Tensor:
+    """The places along the last dimension, those that are chosen first. bool -> int32, same shape"""
+    return chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention with a mask of attention_mask. (B, H, T, E), (B, K, T, E), (B, K, T, E) -> (B, H, T, E)"""
     n_groups = q.size(1) // k.size(1)
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=n_groups > 1)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_groups > 1)
-    if q.device.type == "cpu":
+    if mask.dim() == 2:
         return attend_in_blocks(q, k, v, mask)
 
     # SDPA's fast kernels do not support grouped heads together with a mask.
@@ -879,18 +958,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention for a CPU: block by block of queries, each on the keys up to its end. Up to twice as fast as SDPA."""
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    """Attention for a CPU: block by block of queries, each on the keys up to its end. Up to twice as fast as SDPA.
+
+    `document`: (B, T) or (1, T) numbers of documents
+    """
     B, H, T, E = q.shape
     K = k.size(1)
     block_size = max(128, T // 8)
+    position = torch.arange(T, device=q.device)
     outputs = []
     for start in range(0, T, block_size):
         end = min(start + block_size, T)
         # Heads that share keys are stacked, so that one product serves them all.
         queries = q[:, :, start:end].reshape(B, K, -1, E) * E**-0.5
         scores = (queries @ k[:, :, :end].mT).float().view(B, H, -1, end)
-        scores = scores + mask[:, :, start:end, :end]
+        visible = document[:, start:end, None] == document[:, None, :end]
+        visible = visible & (position[start:end, None] >= position[:end])
+        scores = scores.masked_fill(~visible[:, None], -math.inf)
         weights = scores.softmax(-1).to(v.dtype).view(B, K, -1, end)
         outputs.append((weights @ v[:, :, :end]).view(B, H, -1, E))
     return torch.cat(outputs, dim=2)
@@ -910,7 +995,7 @@ class Context(NamedTuple):
     x0: Tensor  # (B, T, D) normalised embeddings
     cos: Tensor  # (T, R / 2)
     sin: Tensor  # (T, R / 2)
-    mask: Tensor | None  # (B, 1, T, T); None means causal
+    mask: Mask
 
 
 class Attention(nn.Module):
@@ -931,7 +1016,8 @@ class Attention(nn.Module):
         self.gate = Gate(config.model_dim, config.num_heads) if config.sparse_attn_gate_enabled else None
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), whose channels are multiplied by `scale` (D,)"""
         B, T, D = x.shape
         q = self.c_q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -945,7 +1031,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2)  # (B, T, H, E)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
-        return self.proj(y.reshape(B, T, D))
+        return cast(Tensor, self.proj(y.reshape(B, T, D), scale))
 
 
 class MLP(nn.Module):
@@ -955,8 +1041,10 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_mult * config.model_dim, config.model_dim)
         self.slope = config.leaky_relu_slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())  # relu^2: So et al. 2021 (Primer)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), whose channels are multiplied by `scale` (D,)"""
+        hidden = F.leaky_relu(self.fc(x), self.slope).square()  # relu^2: So et al. 2021 (Primer)
+        return cast(Tensor, self.proj(hidden, scale))
 
 
 class Block(nn.Module):
@@ -974,9 +1062,36 @@ class Block(nn.Module):
         mix = self.resid_mix.to(x.dtype)
         depth_scale = depth_scale.to(x.dtype)
         x = mix[0] * x + mix[1] * context.x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * depth_scale, context)
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * depth_scale)
+        x = x + self.attn(norm(x) * depth_scale, context, self.attn_scale)
+        x = x + self.mlp(norm(x) * depth_scale, self.mlp_scale)
         return x
+
+
+def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """The stream of the second half with a skip connection added, or blended in by a gate.
+
+    (B, T, D), (B, T, D), (D,), (D,) -> (B, T, D)
+    """
+    skip = weight.to(x.dtype) * skip
+    if gate is None:
+        return x + skip
+    return skip.lerp(x, torch.sigmoid(gate).to(x.dtype))
+
+
+Piece = TypeVar("Piece", bound=Callable[..., Any])
+
+
+@functools.cache
+def piece(function: Piece, compiled: bool) -> Piece:
+    """A piece of the model: the function as it is, or compiled for every shape that it meets.
+
+    Piece by piece the model is as fast as compiled as a whole, and it starts much sooner, because layers share theirs.
+    """
+    if not compiled:
+        return function
+    # Blocks of two kinds, training and evaluation, micro-batches of two sizes: torch's default of 8 would end the run.
+    torch._dynamo.config.recompile_limit = 64
+    return cast(Piece, torch.compile(function, dynamic=False, fullgraph=True))
 
 
 class GPT(nn.Module):
@@ -1010,40 +1125,34 @@ class GPT(nn.Module):
             x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
         return norm(x)
 
-    def merge_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """The stream of the second half with a skip connection added, or blended in by a gate."""
-        skip = self.skip_weights[index].to(x.dtype) * skip
-        if self.skip_gates is None:
-            return x + skip
-        gate = torch.sigmoid(self.skip_gates[index]).to(x.dtype)
-        return skip.lerp(x, gate)
-
-    def hidden(self, ids: Tensor, looping: bool = True) -> Tensor:
+    def hidden(self, ids: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
         """(B, T) int64 -> (B, T, D), before the last normalisation."""
         config = self.config
-        x0 = self.embed(ids)
+        run_block = piece(Block.forward, compiled)
+        merge = piece(merge_skip, compiled)
 
+        x0 = piece(GPT.embed, compiled)(self, ids)
         cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
-        mask = None
-        if config.document_masks or ids.device.type == "cpu":
-            mask = attention_mask(document_numbers(ids, config), x0.dtype)
+        mask = attention_mask(ids, config, x0.dtype, attention_kind(config, ids.device, compiled))
         context = Context(x0, cos, sin, mask)
 
         # A tensor, because torch.compile would compile every layer on its own for a number that differs by layer.
         depth = torch.arange(1, config.num_layers + 1, device=ids.device, dtype=torch.float32)
         depth_scale = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
 
-        # If x were the same tensor as x0, the first block would be compiled a second time.
-        x = x0.clone()
+        # Views, here and of the skips, because a piece that gets one tensor twice would be compiled for that as well.
+        x = x0.view_as(x0)
         order = config.layer_order(looping)
         n_encoder = len(order) // 2
         skips: list[Tensor] = []
         for i, layer in enumerate(order):
             if i >= n_encoder and skips:
-                x = self.merge_skip(x, skips.pop(), i - n_encoder)
-            x = self.blocks[layer](x, depth_scale[layer], context)
+                index = i - n_encoder
+                gate = self.skip_gates[index] if self.skip_gates is not None else None
+                x = merge(x, skips.pop(), self.skip_weights[index], gate)
+            x = run_block(self.blocks[layer], x, depth_scale[layer], context)
             if i < n_encoder:
-                skips.append(x)
+                skips.append(x.view_as(x))
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -1055,13 +1164,15 @@ class GPT(nn.Module):
         """Mean nats per target of what `hidden` returned. (B, T, D), (B, T) int64 -> ()"""
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
 
-    def forward(self, ids: Tensor, looping: bool = True) -> Tensor:
+    def forward(self, ids: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
         """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
-        return self.logits(self.hidden(ids, looping))
+        x = self.hidden(ids, looping, compiled)
+        return piece(GPT.logits, compiled)(self, x)
 
-    def loss(self, ids: Tensor, targets: Tensor, looping: bool = True) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
         """Mean nats per target. (B, T) int64, (B, T) int64 -> ()"""
-        return self.hidden_loss(self.hidden(ids, looping), targets)
+        x = self.hidden(ids, looping, compiled)
+        return piece(GPT.hidden_loss, compiled)(self, x, targets)
 
 
 @torch.no_grad()
@@ -1097,29 +1208,6 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
             # A KeyError here means that a new parameter has no initial value yet.
             value.copy_(torch.tensor(constants[kind]))
         p.copy_(value)
-
-
-def compile_model(model: GPT, enabled: bool) -> tuple[LossFn, Callable[..., Tensor]]:
-    """Functions to train and to evaluate with: the model's `loss` and `forward`, compiled if `enabled`.
-
-    On CUDA the whole graph is compiled. On a CPU blocks and loss are compiled separately, which takes less time.
-    """
-    if not enabled:
-        return model.loss, model.forward
-    options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
-    if next(model.parameters()).is_cuda:
-        return torch.compile(model.loss, **options), torch.compile(model.forward, **options)
-
-    # Every kind of block is compiled for every shape of batch. More than torch's default of 8 would end the run.
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:
-        block.compile(**options)
-    hidden_loss = torch.compile(model.hidden_loss, **options)
-
-    def loss_fn(ids: Tensor, targets: Tensor, looping: bool = True) -> Tensor:
-        return hidden_loss(model.hidden(ids, looping), targets)
-
-    return loss_fn, model.forward
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1808,7 +1896,7 @@ def fit_micro_batch(learner: Learner, loader: Loader, run: Run) -> None:
         if loader.micro_sequences == 1:
             raise ValueError(f"TRAIN_SEQ_LEN={loader.seq_len} does not fit into the GPU: lower it")
         loader.micro_sequences //= 2
-        # The graphs of the larger shape are of no use any more, and their number is limited.
+        # What was compiled for the larger shape is of no use any more, and there is a limit to how much it may be.
         torch.compiler.reset()
         torch.cuda.empty_cache()
 
@@ -1836,17 +1924,15 @@ def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, ru
     return train_loss
 
 
-def prime(learner: Learner, loader: Loader, steps: int, run: Run) -> None:
-    """Compile on real steps before the clock starts, on CUDA for each order of the layers, then undo the steps."""
-    weights = [p.detach().clone() for p in learner.model.parameters()]
-    orders = [True]
-    if run.world.device.type == "cuda" and run.config.num_loops > 0 and run.hp.enable_looping_at > 0:
-        orders = [False, True]
+def prime(learner: Learner, loader: Loader, run: Run) -> None:
+    """Compile on WARMUP_STEPS real steps before the clock starts, then undo them.
 
-    for looping in orders:
-        for step in range(steps):
-            train_step(learner, loader.batch(step), 1.0, run.hp.muon_momentum, run, looping)
-            run.log0(f"warmup_step:{step + 1}/{steps}")
+    Looped layers are compiled like others, so one order of the layers is enough.
+    """
+    weights = [p.detach().clone() for p in learner.model.parameters()]
+    for step in range(run.hp.warmup_steps):
+        train_step(learner, loader.batch(step), 1.0, run.hp.muon_momentum, run)
+        run.log0(f"warmup_step:{step + 1}/{run.hp.warmup_steps}")
 
     with torch.no_grad():
         torch._foreach_copy_(list(learner.model.parameters()), weights)
@@ -1965,13 +2051,19 @@ class MomentHook:
         self.sums = LayerMoments(inputs, gradients)
         self.handle = layer.register_forward_hook(self.add_inputs)
 
-    def add_inputs(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        x = args[0].detach().flatten(0, -2).float()
+    def add_inputs(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x, *scale = args
+        x = x.detach().flatten(0, -2).float()
         self.sums.inputs.addmm_(x.mT, x)
-        output.register_hook(self.add_gradients)
 
-    def add_gradients(self, gradient: Tensor) -> None:
-        self.sums.gradients.add_(gradient.flatten(0, -2).float().square().sum(0))
+        def add_gradients(gradient: Tensor) -> None:
+            # The loss's gradient at what the matrix itself gives, before a scale.
+            squares = gradient.flatten(0, -2).float().square().sum(0)
+            for s in scale:
+                squares = squares * s.detach().square()
+            self.sums.gradients.add_(squares)
+
+        output.register_hook(add_gradients)
 
 
 def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
@@ -1993,20 +2085,19 @@ def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
 
     hooks = {name: MomentHook(layer) for name, layer in coded_layers(model).items()}
     n_tokens = torch.zeros((), device=device)
-    # Hooks do not see layers inside of compiled graphs.
-    with torch.compiler.set_stance("force_eager"):
-        for ids, targets in calibration_pieces(loader, step, hp.gptq_calibration_batches):
-            logits = model(ids)
-            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-            model.zero_grad(set_to_none=True)
-            n_tokens += targets.numel()
+    for ids, targets in calibration_pieces(loader, step, hp.gptq_calibration_batches):
+        # Not compiled, because hooks do not see layers inside of compiled graphs.
+        logits = model(ids)
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        model.zero_grad(set_to_none=True)
+        n_tokens += targets.numel()
 
-            synchronize(device)
-            now = seconds_spent() + correction
-            next_would_end = now + (now - piece_began)
-            if hp.max_wallclock_seconds and next_would_end > hp.max_wallclock_seconds:
-                break
-            piece_began = now
+        synchronize(device)
+        now = seconds_spent() + correction
+        next_would_end = now + (now - piece_began)
+        if hp.max_wallclock_seconds and next_would_end > hp.max_wallclock_seconds:
+            break
+        piece_began = now
 
     moments = {}
     sums: list[Tensor] = []
@@ -2034,6 +2125,7 @@ GRADIENT_FLOOR = 0.3  # added to the gradients' second moments, as a part of the
 MAX_CODE = 127
 BLOCK = 64  # columns that are decided together
 LOOKAHEAD = 16  # further columns that the decision takes into account
+STRIP = 8  # columns whose errors go to the rest of the block together
 
 
 class Trellis(NamedTuple):
@@ -2056,12 +2148,12 @@ TRELLISES = {
 
 
 class Ways(NamedTuple):
-    """The two ways into each state: from state_a by a code of parity_a, from state_b by one of parity_b. (S,) int64"""
+    """The two ways into each state, a and b: from which state, and by a code of which parity. (S,) int64"""
 
     state_a: Tensor
-    parity_a: Tensor
+    choice_a: Tensor  # parity * S + state
     state_b: Tensor
-    parity_b: Tensor
+    choice_b: Tensor
 
 
 class Factor(NamedTuple):
@@ -2986,8 +3078,8 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
         run.ledger.switch("calibrate")
         moments = calibrate(model, loader, results["steps"], run)
     run.ledger.switch("quantize")
+    packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
     if world.rank == 0:
-        packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
         save_artifact(path, packed, hp)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
     world.agree(0.0)  # the other ranks wait for the file
@@ -3012,9 +3104,9 @@ def save_artifact(path: Path, packed: bytes, hp: Hyperparameters) -> None:
 def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
     """Score what is rebuilt from the file, and nothing else."""
     model = build_model(parts, run.world.device, run.config.compute_dtype)
-    _, forward = compile_model(model, run.compiled)
+    logits_fn = functools.partial(model, compiled=run.compiled)
     run.ledger.switch("evaluate")
-    score = evaluate(forward, split, model.config, run.hp.val_batch_size, run.world)
+    score = evaluate(logits_fn, split, model.config, run.hp.val_batch_size, run.world)
     run.ledger.switch("report")
     return score
 

@@ -24,7 +24,7 @@ NUMBERS = [field for field in FIELDS if type(field.default) in (int, float)]
 PUBLISHED_SETTINGS = (
     "VOCAB_SIZE=1024 NUM_LAYERS=9 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=2 TIE_EMBEDDINGS=1 "
     "ROPE_BASE=10000 LOGIT_SOFTCAP=30 BOS_ID=1 EVAL_METHOD=flat EVAL_SEQ_LEN=0 EVAL_STRIDE=0 SEED=1337 "
-    "TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 ITERATIONS=20000 WARMDOWN_ITERS=1200 WARMUP_STEPS=20 "
+    "TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 ITERATIONS=20000 WARMDOWN_ITERS=1200 "
     "MAX_WALLCLOCK_SECONDS=600 VAL_BATCH_SIZE=524288 VAL_LOSS_EVERY=1000 TRAIN_LOG_EVERY=200 GRAD_CLIP_NORM=0 "
     "TIED_EMBED_INIT_STD=0.005 QK_GAIN_INIT=1.5 TIED_EMBED_LR=0.05 MATRIX_LR=0.04 "
     "SCALAR_LR=0.04 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 "
@@ -35,7 +35,7 @@ PUBLISHED = dict(item.split("=") for item in PUBLISHED_SETTINGS.split())
 # Fields that change neither what is learned nor what is scored, or do so only together with others.
 NOT_OF_THE_RECIPE = (
     "preset run_id data_path tokenizer_path out_dir artifact_dir eval_artifact compile compute_dtype "
-    "micro_batch_tokens val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
+    "micro_batch_tokens warmup_steps val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
     "trellis_states max_weight_bits gptq_calibration_batches gptq_reserve_seconds"
 )
 

@@ -6,14 +6,15 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt as tg
 
@@ -439,7 +440,8 @@ def test_gates_start_half_open_and_nothing_is_smeared(record_config, record_hp, 
     x, skip = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)).unbind()
     with torch.no_grad():
         for index in range(len(model.skip_weights)):
-            torch.testing.assert_close(model.merge_skip(x, skip, index), (x + skip) / 2, atol=1e-6, rtol=0)
+            merged = tg.merge_skip(x, skip, model.skip_weights[index], model.skip_gates[index])
+            torch.testing.assert_close(merged, (x + skip) / 2, atol=1e-6, rtol=0)
         for block in model.blocks:
             assert torch.equal(block.attn.gate(x), torch.full((3, 16, 4), 0.5))
         assert torch.equal(model.embed(ids), plain.embed(ids))
@@ -485,12 +487,20 @@ def test_every_parameter_is_initialised_and_the_same_for_the_same_seed(case, hp)
     assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
 
 
-# -- attention block by block ----------------------------------------------------------------------------------------
+# -- kinds of attention ----------------------------------------------------------------------------------------------
+
+
+class AttentionInputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ids: Tensor  # (B, T), 1 where a document begins
+    config: tg.GPTConfig
 
 
 @st.composite
-def attention_inputs(draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v with as many heads for q or more, and the number of the document that each position is in."""
+def attention_inputs(draw) -> AttentionInputs:
+    """With as many heads for queries as for keys or more, and documents of any length, or none."""
     B = draw(st.integers(1, 2))
     T = draw(st.integers(1, 400))
     K = draw(st.integers(1, 2))
@@ -499,44 +509,78 @@ def attention_inputs(draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q = torch.randn(B, H, T, 8, generator=generator)
     k, v = torch.randn(2, B, K, T, 8, generator=generator).unbind()
     is_bos = torch.rand(B, T, generator=generator) < draw(st.sampled_from([0.0, 0.01, 0.1, 1.0]))
-    return q, k, v, is_bos.cumsum(1)
+    config = tg.GPTConfig(document_masks=draw(st.booleans()))
+    return AttentionInputs(q, k, v, torch.where(is_bos, config.bos_id, 5), config)
 
 
-def output_and_gradients(attention, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+def output_and_gradients(attention, inputs: AttentionInputs) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     y = attention(*leaves)
     (y * torch.arange(8.0)).sum().backward()
     return [y.detach(), *(x.grad for x in leaves)]
 
 
 @settings(max_examples=25)
-@given(attention_inputs())
-def test_attention_in_blocks_equals_that_of_torch(inputs):
-    """Outputs and gradients, for documents of any length and shared keys; the mask is built here, pair by pair."""
-    q, k, v, document = inputs
-    position = torch.arange(q.size(2))
+@given(attention_inputs(), st.sampled_from(["blocks", "sdpa"]))
+def test_every_kind_of_attention_sees_a_document_up_to_the_token(inputs, kind):
+    """Outputs and gradients against float64 with a mask made pair by pair. FlexAttention: tests/test_cuda.py."""
+    mask = tg.attention_mask(inputs.ids, inputs.config, torch.float32, kind)
+    found = output_and_gradients(lambda q, k, v: tg.attend(q, k, v, mask), inputs)
+
+    document = (inputs.ids == 1).cumsum(1) * inputs.config.document_masks
+    position = torch.arange(inputs.ids.size(1))
     visible = (document[:, None, :, None] == document[:, None, None, :]) & (position[:, None] >= position)
-    n_groups = q.size(1) // k.size(1)
 
-    def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return tg.attend_in_blocks(q, k, v, tg.attention_mask(document, torch.float32))
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n_groups = q.size(1) // k.size(1)
+        k = k.double().repeat_interleave(n_groups, 1)
+        v = v.double().repeat_interleave(n_groups, 1)
+        scores = q.double() @ k.mT / math.sqrt(8)
+        return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
-    def of_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k = k.repeat_interleave(n_groups, 1)
-        v = v.repeat_interleave(n_groups, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-
-    pairs = zip(output_and_gradients(in_blocks, q, k, v), output_and_gradients(of_torch, q, k, v), strict=True)
-    for found, expected in pairs:
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for one, expected in zip(found, output_and_gradients(reference, inputs), strict=True):
+        torch.testing.assert_close(one.double(), expected.double(), atol=1e-4, rtol=1e-4)
 
 
-def test_attention_without_a_mask_is_causal():
-    """A GPU has a faster way for it."""
-    q = torch.randn(2, 4, 150, 8, generator=torch.Generator().manual_seed(0))
-    k, v = torch.randn(2, 2, 2, 150, 8, generator=torch.Generator().manual_seed(1)).unbind()
-    mask = tg.attention_mask(torch.zeros(1, 150, dtype=torch.int64), torch.float32)
-    torch.testing.assert_close(tg.attend(q, k, v, None), tg.attend(q, k, v, mask), atol=1e-5, rtol=0)
+@settings(max_examples=15)
+@given(st.integers(1, 2), st.sampled_from([1, 100, 128, 256, 300, 512]), st.sampled_from([0.0, 0.004, 0.03, 1.0]))
+def test_mask_of_blocks_is_what_torch_makes_of_all_pairs(n_rows, seq_len, share_of_bos):
+    """Which blocks FlexAttention looks at, and which of them in detail, forward and backward."""
+    config = tg.GPTConfig()
+    generator = torch.Generator().manual_seed(seq_len)
+    ids = torch.where(torch.rand(n_rows, seq_len, generator=generator) < share_of_bos, config.bos_id, 5)
+    found = tg.attention_mask(ids, config, torch.float32, "flex")
+
+    document = (ids == 1).cumsum(1)
+    expected = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (document[b, i] == document[b, j]), n_rows, None, seq_len, seq_len, device="cpu"
+    )
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        for part in (name, name.replace("kv", "q")):
+            one, other = getattr(found, part), getattr(expected, part)
+            assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+            assert torch.equal(one, other), part
+    assert (found.seq_lengths, found.BLOCK_SIZE) == (expected.seq_lengths, expected.BLOCK_SIZE)
+    i, j = torch.randint(seq_len, (2, 50), generator=generator)
+    row, head = torch.zeros(2, dtype=torch.int64)
+    assert torch.equal(found.mask_mod(row, head, i, j), expected.mask_mod(row, head, i, j))
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "changes", "expected"),
+    [
+        ("cpu", True, {}, "blocks"),
+        ("cpu", False, {"document_masks": False}, "blocks"),
+        ("cuda", True, {}, "flex"),
+        ("cuda", False, {}, "sdpa"),  # FlexAttention that is not compiled computes all scores
+        ("cuda", True, {"document_masks": False}, "sdpa"),
+        ("cuda", True, {"num_heads": 64, "num_kv_heads": 64, "rope_dims": 8}, "sdpa"),  # heads of 8 channels
+        ("mps", True, {}, "sdpa"),
+    ],
+)
+def test_kind_of_attention_is_what_works_there(device, compiled, changes, expected):
+    config = dataclasses.replace(tg.GPTConfig(), **changes)
+    assert tg.attention_kind(config, torch.device(device), compiled) == expected
 
 
 # -- logits, loss and gradients --------------------------------------------------------------------------------------
@@ -582,7 +626,7 @@ def test_model_in_bfloat16_is_close_to_that_in_float32(case, random_model, ids):
 
 
 @pytest.fixture
-def trace_only(monkeypatch) -> list[torch.fx.GraphModule]:
+def traced(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
     """torch.compile without its code generator, which takes a minute. -> the graphs, as they are traced"""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -592,42 +636,39 @@ def trace_only(monkeypatch) -> list[torch.fx.GraphModule]:
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
     torch.compiler.reset()
-    return graphs
+    tg.piece.cache_clear()
+    yield graphs
+    tg.piece.cache_clear()
 
 
 @pytest.mark.parametrize("num_loops", [0, 1])
-def test_whole_graph_is_traced_in_one_piece_and_once_per_order_of_the_layers(
-    record_config, random_model, ids, trace_only, num_loops
-):
-    """As a GPU compiles it: what the compiler cannot trace ends the run, and a graph compiled after training has begun
-    costs a minute of ten. Without loops there is one order."""
-    config = dataclasses.replace(record_config, num_layers=3, num_loops=num_loops, loop_end=1)
+def test_pieces_are_traced_once_for_all_layers_and_both_orders(record_config, random_model, ids, traced, num_loops):
+    """Embedding, loss, skip connections, and blocks with and without exclusive attention. A piece that is compiled
+    after training has begun costs seconds of ten minutes, and one that cannot be traced ends the run."""
+    config = dataclasses.replace(record_config, num_layers=4, xsa_last_n=2, num_loops=num_loops, loop_end=1)
     model = random_model(config)
-    loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
-    for looping in (False, True, False, True):
+    for looping in (True, False, True):
         plain = model.loss(ids, ids, looping).item()
-        assert loss_fn(ids, ids, looping).item() == pytest.approx(plain, abs=1e-5)
-    assert len(trace_only) == 1 + num_loops
+        assert model.loss(ids, ids, looping, compiled=True).item() == pytest.approx(plain, abs=1e-5)
+        assert len(traced) == 5
 
 
-def test_compiled_model_takes_every_shape_of_a_run(record_config, random_model, trace_only):
+def test_compiled_model_takes_every_shape_of_a_run(record_config, random_model, traced):
     """Two sizes of micro-batches, with and without loops, validation, and the loaded model: the compiler gives up, and
-    with it the run, after eight versions of one function."""
+    with it the run, after so many versions of one function."""
     config = dataclasses.replace(record_config, num_layers=4, xsa_last_n=3)
     model = random_model(config)
-    loss_fn, logits_fn = tg.compile_model(model, True)
     for looping in (False, True):
         for rows in (3, 2):
             ids, targets = torch.randint(64, (2, rows, 16)).unbind()
-            loss_fn(ids, targets, looping).backward()
+            model.loss(ids, targets, looping, compiled=True).backward()
         with torch.no_grad():
-            logits_fn(torch.randint(64, (4, 16)), looping)
+            model(torch.randint(64, (4, 16)), looping, compiled=True)
 
     loaded = random_model(config)
-    _, logits_of_loaded = tg.compile_model(loaded, True)
     ids = torch.randint(64, (4, 16))
     with torch.no_grad():
-        torch.testing.assert_close(logits_of_loaded(ids), model(ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(loaded(ids, compiled=True), model(ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -636,6 +677,5 @@ def test_compiled_functions_agree_with_the_plain_ones(request, random_model, ids
     model = random_model(request.getfixturevalue(recipe))
     loss = model.loss(ids, ids).item()
     logits = model(ids).detach()
-    loss_fn, logits_fn = tg.compile_model(model, True)
-    assert loss_fn(ids, ids).item() == pytest.approx(loss, abs=1e-4)
-    torch.testing.assert_close(logits_fn(ids).detach(), logits, atol=1e-4, rtol=0)
+    assert model.loss(ids, ids, compiled=True).item() == pytest.approx(loss, abs=1e-4)
+    torch.testing.assert_close(model(ids, compiled=True).detach(), logits, atol=1e-4, rtol=0)

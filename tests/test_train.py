@@ -479,33 +479,8 @@ def test_steps_to_compile_on_leave_no_trace(make_setup, recipe):
     """Otherwise machines that compile would train another model than those that do not."""
     plain = make_setup(recipe)
     primed = make_setup(recipe)
-    tg.prime(primed.learner, primed.loader, 3, primed.run)
+    tg.prime(primed.learner, primed.loader, primed.run)
     assert losses(primed, 4) == losses(plain, 4)
-
-
-@pytest.mark.parametrize(
-    ("device", "changes", "num_loops", "expected"),
-    [
-        ("cuda", {}, 1, [False, True]),  # the graph as a whole, for the order that the run begins with and the other
-        ("cuda", {"enable_looping_at": 0.0}, 1, [True]),
-        ("cuda", {}, 0, [True]),
-        ("cpu", {}, 1, [True]),  # blocks, which know no order
-    ],
-)
-def test_every_order_of_the_layers_is_compiled_before_the_clock_starts(
-    monkeypatch, make_setup, device, changes, num_loops, expected
-):
-    """Compiling takes a minute on a GPU: of ten, were the clock running."""
-    setup = make_setup("record", {"num_loops": num_loops}, **changes)
-    run = dataclasses.replace(setup.run, world=tg.World(device=torch.device(device)))
-    orders: list[bool] = []
-
-    def note_order(learner, batch, scale, momentum, run, looping):
-        orders.append(looping)
-
-    monkeypatch.setattr(tg, "train_step", note_order)
-    tg.prime(setup.learner, setup.loader, 1, run)
-    assert orders == expected
 
 
 @pytest.mark.parametrize(

@@ -2184,31 +2184,32 @@ def factorize(moments: Tensor) -> Factor:
 
 
 def ways_into(trellis: Trellis, device: torch.device) -> Ways:
+    n_states = len(trellis.next_state)
     ways = []
-    for target in range(len(trellis.next_state)):
+    for target in range(n_states):
         into = []
         for state, targets in enumerate(trellis.next_state):
-            into += [(state, parity) for parity in (0, 1) if targets[parity] == target]
+            into += [(state, parity * n_states + state) for parity in (0, 1) if targets[parity] == target]
         way_a, way_b = into
         ways.append((*way_a, *way_b))
     return Ways(*torch.tensor(ways, device=device).unbind(1))
 
 
 def nearest_codes(x: Tensor, shift: Tensor) -> Tensor:
-    """For each parity, even first, the code whose value is nearest to x, in steps: values are k - sign(k) * shift.
+    """The codes from 0 on whose values are nearest to the sizes `x`, even ones first, then odd ones.
 
-    (S, R) float32, (S, 1) 0 or 1/2 -> (2, S, R) float32
+    Code k stands for k - shift, but 0 for 0. (N, S, R) float32, (S, 1) 0 or 1/2 -> (N, 2, S, R) float32
     """
-    parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
-    magnitude = ((x.abs() + shift - parity) / 2).round() * 2 + parity
-    # The rounding takes codes of one parity to be 2 apart. But code 2 of quantizer 1 stands for 1.5, and below 0.75 the
-    # nearest even code is 0.
-    magnitude = torch.where((magnitude == 2) & (shift > 0) & (x.abs() < 0.75), 0.0, magnitude)
-    return magnitude.clamp_max(MAX_CODE - 1 + parity).copysign(x)
+    half = (x + shift) / 2
+    even = 2 * half.round()
+    # The rounding takes even codes to be 2 apart. But with a shift, code 2 stands for 1.5, and below 0.75 0 is nearer.
+    even = even.masked_fill((x < 0.75) & (shift > 0), 0.0)
+    odd = 2 * half.floor() + 1
+    return torch.stack((even.clamp_max(MAX_CODE - 1), odd.clamp_max(MAX_CODE)), dim=1)
 
 
-def dequantize(codes: Tensor, quantizers: Tensor, step: Tensor) -> Tensor:
-    """(R, C) int8, (R, C) 0 or 1, (R, 1) float32 -> (R, C) float32"""
+def dequantize(codes: Tensor, quantizers: Tensor, step: Tensor | float) -> Tensor:
+    """(..., R, C) int8, (..., R, C) 0 or 1, (..., R, 1) float32 -> (..., R, C) float32"""
     return (codes.float() - codes.sign().float() * quantizers / 2) * step
 
 
@@ -2227,67 +2228,116 @@ def quantizers_along(codes: np.ndarray, trellis: Trellis) -> np.ndarray:
 
 @torch.no_grad()
 def quantize_codes(w: Tensor, factor: Factor, step: Tensor, states: int) -> Tensor:
-    """GPTQ (Frantar et al. 2022) along a trellis. (R, C) float32, factor, (R, 1) float32 -> codes (R, C) int8
+    """GPTQ (Frantar et al. 2022) along a trellis, for N matrices of one shape side by side.
+
+    (N, R, C) float32, factors of each (N, ...), (N, R, 1) float32 -> codes (N, R, C) int8
 
     A Viterbi search goes along the columns, for all rows at once. It keeps one survivor per state, the cheapest path
     that ends there. Later columns compensate for the error in one, so each survivor has targets of its own. A block of
     columns is decided together, after a look at the columns that follow it. Then its errors are fed to all the rest.
     """
-    n_rows, n_columns = w.shape
-    rows = torch.arange(n_rows, device=w.device)
-    trellis = TRELLISES[states]
-    ways = ways_into(trellis, w.device)
-    quantizer_of = torch.tensor(trellis.quantizer, device=w.device)
-    shift = quantizer_of[:, None] / 2  # (S, 1), by which quantizer 1 moves its values towards 0
-
+    n_columns = w.size(2)
+    w = w / step  # From here on, everything is in steps of its row.
+    target = w.clone()  # the weights, and what the errors of earlier blocks add to them
     codes = torch.empty_like(w, dtype=torch.int8)
-    quantizers = torch.empty_like(w, dtype=torch.uint8)
-    from_earlier_blocks = torch.zeros_like(w)  # what the errors of earlier blocks add to the targets of later columns
-    state = torch.zeros_like(rows)  # in which each row enters the block
+    state = torch.zeros(w.shape[:2], dtype=torch.int64, device=w.device)  # in which each row enters the block
 
     for begin in range(0, n_columns, BLOCK):
         end = min(begin + BLOCK, n_columns)
         # With one state, a choice does not limit later ones, so looking ahead would change nothing.
         stop = min(end + LOOKAHEAD, n_columns) if states > 1 else end
-        total = w.new_full((states, n_rows), math.inf)  # cost of the survivor of each state
-        total[state, rows] = 0.0
-        errors = w.new_zeros(stop - begin, states, n_rows)  # of each survivor, by column
-        last_code = torch.zeros_like(errors, dtype=torch.int8)  # by column, the code that each survivor took there
-        took_b = torch.zeros_like(errors, dtype=torch.bool)  # and whether it came by way b
-
-        # Forward: extend the survivors column by column.
-        for i, j in enumerate(range(begin, stop)):
-            from_this_block = (factor.feedback[begin:j, j] @ errors[:i].flatten(1)).view(states, n_rows)
-            target = w[:, j] + from_earlier_blocks[:, j] + from_this_block
-            code = nearest_codes(target / step[:, 0], shift)  # (parity, state before the column, row)
-            value = (code - code.sign() * shift) * step[:, 0]
-            costs = total + factor.cost[j] * (target - value).square()
-
-            cost_a = costs[ways.parity_a, ways.state_a]  # (state after the column, row)
-            cost_b = costs[ways.parity_b, ways.state_b]
-            b_wins = cost_b < cost_a
-            total = torch.where(b_wins, cost_b, cost_a)
-            errors[:i] = torch.where(b_wins, errors[:i, ways.state_b], errors[:i, ways.state_a])
-            value = torch.where(b_wins, value[ways.parity_b, ways.state_b], value[ways.parity_a, ways.state_a])
-            code = torch.where(b_wins, code[ways.parity_b, ways.state_b], code[ways.parity_a, ways.state_a])
-            errors[i] = w[:, j] - value
-            last_code[i] = code.to(torch.int8)
-            took_b[i] = b_wins
-
-        # Backward: read the codes off the cheapest survivor. The next block overwrites those of the lookahead.
-        path_state = total.argmin(0)
-        for i, j in reversed(list(enumerate(range(begin, stop)))):
-            if j == end - 1:
-                state = path_state  # the next block starts here
-            codes[:, j] = last_code[i, path_state, rows]
-            came_by_b = took_b[i, path_state, rows]
-            path_state = torch.where(came_by_b, ways.state_b[path_state], ways.state_a[path_state])
-            quantizers[:, j] = quantizer_of[path_state]
+        inside = Factor(factor.feedback[:, begin:stop, begin:stop], factor.cost[:, begin:stop])
+        block = decide_block(w[..., begin:stop], target[..., begin:stop], inside, state, states, end - begin)
 
         decided = slice(begin, end)
-        error = w[:, decided] - dequantize(codes[:, decided], quantizers[:, decided], step)
-        from_earlier_blocks[:, end:] += error @ factor.feedback[decided, end:]
+        codes[..., decided] = block.codes
+        state = block.state
+        error = w[..., decided] - dequantize(block.codes, block.quantizers, 1.0)
+        target[..., end:].baddbmm_(error, factor.feedback[:, decided, end:])
     return codes
+
+
+class DecidedBlock(NamedTuple):
+    codes: Tensor  # (N, R, n) int8
+    quantizers: Tensor  # (N, R, n) uint8
+    state: Tensor  # (N, R) int64, after them
+
+
+def decide_block(w: Tensor, target: Tensor, factor: Factor, state: Tensor, states: int, n_decided: int) -> DecidedBlock:
+    """Search through L columns for the cheapest codes, and decide the first `n_decided`.
+
+    w and target (N, R, L) in steps, factors of these columns, state (N, R) before the first column
+    """
+    n_matrices, n_rows, n_columns = w.shape
+    trellis = TRELLISES[states]
+    ways = ways_into(trellis, w.device)
+    quantizer_of = torch.tensor(trellis.quantizer, device=w.device)
+    shift = quantizer_of[:, None] / 2  # (S, 1), by which quantizer 1 moves its values towards 0
+
+    # By matrix, column, state and row. Survivors are copied often, and rows that lie together make that fast.
+    w = w.mT.contiguous()
+    targets = target.mT[:, :, None].repeat(1, 1, states, 1)  # of each survivor
+    last_code = torch.empty(targets.shape, dtype=torch.int8, device=w.device)  # that each survivor took in a column
+    took_b = torch.empty(targets.shape, dtype=torch.bool, device=w.device)  # whether it came by way b
+    total = w.new_full((n_matrices, states, n_rows), math.inf)  # cost of the survivor of each state
+    total.scatter_(1, state[:, None], 0.0)
+
+    # Forward: extend the survivors column by column.
+    for start in range(0, n_columns, STRIP):
+        stop = min(start + STRIP, n_columns)
+        errors = w.new_empty(n_matrices, stop - start, states, n_rows)  # of each survivor in this strip
+        origin = torch.arange(states, device=w.device)[:, None].expand_as(total)  # its state before the strip
+
+        for j in range(start, stop):
+            so_far = errors[:, : j - start]
+            target_here = targets[:, j].gather(1, origin)
+            if j > start:
+                feedback = factor.feedback[:, start:j, j, None].mT
+                target_here += (feedback @ so_far.flatten(2)).view_as(target_here)
+
+            # What each survivor can choose: the nearest even code and the nearest odd one. (N, 2, S, R)
+            distance = target_here.abs()
+            code = nearest_codes(distance, shift)
+            value = (code - shift).clamp_min(0.0)
+            cost = total[:, None] + factor.cost[:, j, None, None, None] * (distance[:, None] - value).square()
+            sign = target_here[:, None]
+            choices = torch.stack((cost, code.copysign(sign), value.copysign(sign)), dim=1).flatten(2, 3)
+
+            # Of the two ways into each state, the cheaper one survives.
+            by_a = choices.index_select(2, ways.choice_a)
+            by_b = choices.index_select(2, ways.choice_b)
+            b_wins = by_b[:, 0] < by_a[:, 0]
+            total, code, value = torch.where(b_wins[:, None], by_b, by_a).unbind(1)
+            last_code[:, j] = code
+            took_b[:, j] = b_wins
+
+            origin = torch.where(b_wins, origin.index_select(1, ways.state_b), origin.index_select(1, ways.state_a))
+            from_a = so_far.index_select(2, ways.state_a)
+            from_b = so_far.index_select(2, ways.state_b)
+            errors[:, : j - start] = torch.where(b_wins[:, None], from_b, from_a)
+            errors[:, j - start] = w[:, j, None] - value
+
+        # Every survivor takes over the targets of the one it comes from, and adds its errors to them.
+        later = targets[:, stop:]
+        inherited = later.gather(2, origin[:, None].expand_as(later))
+        feedback = factor.feedback[:, start:stop, stop:].mT
+        targets[:, stop:] = torch.baddbmm(inherited.flatten(2), feedback, errors.flatten(2)).view_as(later)
+
+    # Backward: read the codes off the cheapest survivor.
+    codes = torch.empty((n_matrices, n_decided, n_rows), dtype=torch.int8, device=w.device)
+    quantizers = torch.empty_like(codes, dtype=torch.uint8)
+    path_state = total.argmin(1, keepdim=True)  # (N, 1, R)
+    state_after = path_state
+    for j in reversed(range(n_columns)):
+        if j == n_decided - 1:
+            state_after = path_state
+        came_by_b = took_b[:, j].gather(1, path_state)
+        if j < n_decided:
+            codes[:, j] = last_code[:, j].gather(1, path_state)[:, 0]
+        path_state = torch.where(came_by_b, ways.state_b[path_state], ways.state_a[path_state])
+        if j < n_decided:
+            quantizers[:, j] = quantizer_of[path_state][:, 0]
+    return DecidedBlock(codes.mT, quantizers.mT, state_after[:, 0])
 
 
 class CodedLayer(NamedTuple):
@@ -2329,10 +2379,15 @@ def finer_rows(moments: Moments, factors: dict[str, Factor]) -> dict[str, Tensor
     return {name: o - coarsest for name, o in octaves.items()}
 
 
-def code_layers(
-    layers: dict[str, Tensor], factors: dict[str, Factor], finer: dict[str, Tensor], step: float, states: int
-) -> CodedModel:
-    """Quantize all layers, with `step` for the coarsest rows.
+class Steps(NamedTuple):
+    """The steps of all rows."""
+
+    coarsest: float
+    exponents: dict[str, np.ndarray]  # (R,) uint8 by name: row_steps makes steps of them
+
+
+def choose_steps(layers: dict[str, Tensor], finer: dict[str, Tensor], step: float) -> Steps:
+    """Steps with `step` for the coarsest rows.
 
     A row that needs a coarser step to reach its largest weight gets one, and becomes the coarsest.
     """
@@ -2343,15 +2398,37 @@ def code_layers(
         max_octaves = (math.log2(step * MAX_CODE) - peak.log2()).clamp_max(32.0)
         exponents[name] = torch.minimum((8 * finer[name]).round(), (8 * max_octaves).floor())
     lowest = min(0, *(int(e.min()) for e in exponents.values()))
-    step = step * 2 ** (-lowest / 8)
+    stored = {name: (e - lowest).clamp_max(255).byte().cpu().numpy() for name, e in exponents.items()}
+    return Steps(step * 2 ** (-lowest / 8), stored)
 
-    coded = CodedModel(states, step, {})
-    for name, w in layers.items():
-        stored = (exponents[name] - lowest).clamp_max(255).byte().cpu().numpy()
-        steps = row_steps(step, stored).to(w.device)
-        codes = quantize_codes(w, factors[name], steps, states)
-        coded.layers[name] = CodedLayer(stored, codes.cpu().numpy())
-    return coded
+
+def code_layers(
+    layers: dict[str, Tensor], factors: dict[str, Factor], steps: Steps, states: int, world: World
+) -> CodedModel:
+    """Quantize all layers. Every rank decides a share of the rows of each, and gets the codes of all."""
+    # Matrices of one shape go side by side: on a GPU that takes hardly longer than one of them.
+    shapes = dict.fromkeys(w.shape for w in layers.values())
+    stacks = [[name for name, w in layers.items() if w.shape == shape] for shape in shapes]
+    codes_of_stacks = []
+    for names in stacks:
+        w = torch.stack([layers[name] for name in names])
+        factor = Factor(
+            feedback=torch.stack([factors[name].feedback for name in names]),
+            cost=torch.stack([factors[name].cost for name in names]),
+        )
+        of_rows = torch.stack([row_steps(steps.coarsest, steps.exponents[name]) for name in names]).to(w.device)
+        rows = world.share(w.size(1))
+        part = slice(rows.start, rows.stop)
+        codes = torch.zeros_like(w, dtype=torch.int8)
+        codes[:, part] = quantize_codes(w[:, part], factor, of_rows[:, part], states)
+        codes_of_stacks.append(codes)
+    world.sum_all(codes_of_stacks)
+
+    coded_layers = {}
+    for names, stack in zip(stacks, codes_of_stacks, strict=True):
+        for name, codes in zip(names, stack, strict=True):
+            coded_layers[name] = CodedLayer(steps.exponents[name], codes.cpu().numpy())
+    return CodedModel(states, steps.coarsest, coded_layers)
 
 
 # -- Coder -----------------------------------------------------------------------------------------------------------
@@ -2401,6 +2478,12 @@ def scale_counts(counts: np.ndarray) -> np.ndarray:
     rest = np.where(occurs.any(axis=1), 2**ANS_BITS - scaled.sum(axis=1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(axis=1)] += rest
     return scaled
+
+
+def ideal_bytes(counts: np.ndarray) -> float:
+    """What symbols take that occur so often: as many bits as their frequencies say. encode_words comes very close."""
+    bits = ANS_BITS - np.log2(scale_counts(counts).clip(1))
+    return float((counts * bits).sum()) / 8
 
 
 def encode_words(bands: list[tuple[np.ndarray, np.ndarray]], frequencies: np.ndarray) -> bytes:
@@ -2565,8 +2648,31 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
-def pack_artifact(model: GPT, coded: CodedModel | None = None) -> bytes:
-    """The whole file for a model: its config and its weights, in int8 or, if they are `coded`, as codes."""
+class Contents(NamedTuple):
+    """What an artifact holds, its codes not yet encoded."""
+
+    header: bytes  # compressed, like the payload
+    payload: bytes
+    bands: list[tuple[np.ndarray, np.ndarray]]  # for encode_words; empty without codes
+    counts: np.ndarray  # (N_CLASSES, N_SYMBOLS) int64: how often each symbol occurs
+
+    def estimated_bytes(self) -> int:
+        """The size of the file to about 0.02 %, without encoding."""
+        n_bytes = ARTIFACT_PREFIX.size + len(self.header) + len(self.payload) + round(ideal_bytes(self.counts))
+        if self.bands:
+            # A lane ends as a number of 32 bits, of which about 8 stand for symbols.
+            n_bytes += 3 * max(len(symbols) for symbols, _ in self.bands)
+        return n_bytes
+
+    def encode(self) -> bytes:
+        """The whole file."""
+        words = encode_words(self.bands, scale_counts(self.counts)) if self.bands else b""
+        body = self.header + self.payload + words
+        return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(self.header)) + body
+
+
+def artifact_contents(model: GPT, coded: CodedModel | None = None) -> Contents:
+    """Lay out the artifact of a model: its config and its weights, in int8 or, if they are `coded`, as codes."""
     codec = "trellis_ans" if coded else "int8_zlib"
     header: dict[str, Any] = {
         "format": ARTIFACT_FORMAT,
@@ -2599,19 +2705,19 @@ def pack_artifact(model: GPT, coded: CodedModel | None = None) -> bytes:
             counts += count_symbols(symbols[name], classes[name])
             payload += layer.exponents.tobytes() + classes[name].tobytes()
 
-    words = b""
+    bands = []
     if coded:
         header["states"] = coded.states
         header["step"] = coded.step
-        frequencies = scale_counts(counts)
-        payload += frequencies.astype("<u2").tobytes()
-        words = encode_words(
-            [(symbols[name][rows], classes[name][rows]) for name, rows in bands_of(table)], frequencies
-        )
+        payload += scale_counts(counts).astype("<u2").tobytes()
+        bands = [(symbols[name][rows], classes[name][rows]) for name, rows in bands_of(table)]
+    text = json.dumps(header, separators=(",", ":"))
+    return Contents(zlib.compress(text.encode(), 9), zlib.compress(payload, 9), bands, counts)
 
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = text + zlib.compress(payload, 9) + words
-    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(text)) + body
+
+def pack_artifact(model: GPT, coded: CodedModel | None = None) -> bytes:
+    """The whole file for a model."""
+    return artifact_contents(model, coded).encode()
 
 
 class Header(NamedTuple):
@@ -2901,32 +3007,33 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu", compute_
 
 CLOSE_ENOUGH = 0.995  # of the limit: a file between this and the limit ends the search
 AIM = 0.9975  # of the limit: midway between CLOSE_ENOUGH and 1
+ATTEMPTS = 3
 # A quantized Gaussian weight takes log2(standard deviation / step) bits plus this many: log2(2 pi e) / 2.
 GAUSSIAN_BITS = 2.05
-# At the same step, a trellis takes this many bytes per code more than one state does, times 2**-bits.
-TRELLIS_BYTES = 0.165
-ATTEMPTS = 3  # with TRELLIS_STATES, after two with one state
+# With the same steps, a code of a trellis takes this many bits more than a rounded one, times 2**-(bits per code).
+TRELLIS_BITS = 1.75
 
 
 class Attempt(NamedTuple):
-    states: int
-    packed: bytes
+    contents: Contents
+    packed: bytes  # the file, if it was encoded
+    n_bytes: int  # of the file, or estimated
     within_limit: bool
 
     @property
-    def rank(self) -> tuple[bool, int, int]:
-        """Among those within the limit, more states win, then more bytes. If there is none, the smallest wins."""
-        if self.within_limit:
-            return True, self.states, len(self.packed)
-        return False, 0, -len(self.packed)
+    def rank(self) -> tuple[bool, int]:
+        """Among those within the limit, more bytes win. If there is none, the smallest wins."""
+        return self.within_limit, self.n_bytes if self.within_limit else -self.n_bytes
 
 
 def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
     """The artifact with the finest steps that MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 %.
 
-    Looks for the step by the secant method: twice with one state, which is fast, then with TRELLIS_STATES.
+    Steps are first tried by rounding, which takes no time and gives a file of nearly the same size. By how much GPTQ's
+    is larger, an attempt tells the next one. All ranks take part, but only rank 0 encodes: the others return nothing.
     """
     hp = run.hp
+    world = run.world
     for name, sums in moments.items():
         if not all(bool(m.isfinite().all()) for m in sums):
             raise ValueError(f"moments of {name} are not finite: lower the learning rates")
@@ -2944,27 +3051,57 @@ def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
         octaves_by_row = w.std(1).clamp_min(1e-9).log2() + finer[name]
         gaussian_octaves += float(octaves_by_row.sum()) * w.size(1)
     step = 2 ** (gaussian_octaves / n_codes + GAUSSIAN_BITS - bits)
+    extra = TRELLIS_BITS * 2**-bits * n_codes / 8 if hp.trellis_states > 1 else 0.0
 
     attempts: list[Attempt] = []
-    bytes_per_octave = n_codes / 8  # halving the step costs about one bit per code, less where many codes are 0
-    move = 0.0  # octaves by which the step was made coarser
-    for states in (1, 1, *[hp.trellis_states] * ATTEMPTS):
-        coded = code_layers(layers, factors, finer, step, states)
-        packed = pack_artifact(model, coded)
-        run.log0(f"quantize: states:{states} step:{coded.step:.6g} bytes:{len(packed)} limit:{limit}")
-        if move and states == attempts[-1].states:
-            saved = len(attempts[-1].packed) - len(packed)
-            bytes_per_octave = max(saved / move, n_codes / 24)  # a third of a bit per code at least
-        attempts.append(Attempt(states, packed, len(packed) <= limit))
-        if states == hp.trellis_states and CLOSE_ENOUGH * limit < len(packed) <= limit:
+    for _ in range(ATTEMPTS):
+        step, rounded = step_by_rounding(model, layers, finer, step, AIM * limit - extra)
+        coded = code_layers(layers, factors, choose_steps(layers, finer, world.agree(step)), hp.trellis_states, world)
+        contents = artifact_contents(model, coded)
+        packed = b""
+        n_bytes = contents.estimated_bytes()
+        is_close = CLOSE_ENOUGH * limit < n_bytes <= limit
+        if is_close:
+            packed = contents.encode() if world.rank == 0 else b""
+            n_bytes = round(world.agree(len(packed)))
+        run.log0(f"quantize: states:{coded.states} step:{coded.step:.6g} bytes:{n_bytes} limit:{limit}")
+        attempts.append(Attempt(contents, packed, n_bytes, n_bytes <= limit))
+        if is_close and n_bytes <= limit:
             break
+        extra = n_bytes - rounded
 
-        aim = AIM * limit
-        if states < hp.trellis_states:
-            aim -= TRELLIS_BYTES * n_codes * 2**-bits
-        move = (len(packed) - aim) / bytes_per_octave
+    best = max(attempts, key=lambda attempt: attempt.rank)
+    if world.rank > 0:
+        return b""
+    return best.packed or best.contents.encode()
+
+
+def step_by_rounding(
+    model: GPT, layers: dict[str, Tensor], finer: dict[str, Tensor], step: float, aim: float
+) -> tuple[float, int]:
+    """The step with which rounded codes make a file of about `aim` bytes, and its bytes. `step` is where to begin."""
+    n_codes = sum(w.numel() for w in layers.values())
+    bytes_per_octave = n_codes / 8  # halving the step costs about one bit per code, less where many codes are 0
+    n_bytes = rounded_contents(model, layers, choose_steps(layers, finer, step)).estimated_bytes()
+    for _ in range(6):
+        move = (n_bytes - aim) / bytes_per_octave  # octaves by which the step is made coarser
+        if abs(n_bytes - aim) < 5e-4 * aim:
+            break
         step *= 2**move
-    return max(attempts, key=lambda attempt: attempt.rank).packed
+        before = n_bytes
+        n_bytes = rounded_contents(model, layers, choose_steps(layers, finer, step)).estimated_bytes()
+        bytes_per_octave = max((before - n_bytes) / move, n_codes / 24)  # a third of a bit per code at least
+    return step, n_bytes
+
+
+def rounded_contents(model: GPT, layers: dict[str, Tensor], steps: Steps) -> Contents:
+    """An artifact with every weight rounded to the nearest code."""
+    coded = {}
+    for name, w in layers.items():
+        rounded = (w / row_steps(steps.coarsest, steps.exponents[name]).to(w.device)).round()
+        codes = rounded.clamp(-MAX_CODE, MAX_CODE).to(torch.int8).cpu().numpy()
+        coded[name] = CodedLayer(steps.exponents[name], codes)
+    return artifact_contents(model, CodedModel(1, steps.coarsest, coded))
 
 
 def bytes_besides_codes(model: GPT) -> int:
@@ -3052,7 +3189,7 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     model = GPT(config)
     init_weights(model, hp)
     model.to(world.device)
-    loss_fn, forward = compile_model(model, run.compiled)
+    loss_fn = functools.partial(model.loss, compiled=run.compiled)
     learner = Learner(model, loss_fn, build_optimizers(model, hp, world))
 
     run.ledger.switch("compile")
@@ -3063,14 +3200,15 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
         "grad_accum_steps": len(loader.batch(0)),
         "micro_batch_sequences": loader.micro_sequences,
     }
-    run.log0(key_values({**sizes, "compiled": run.compiled}))
+    attention = attention_kind(config, world.device, run.compiled)
+    run.log0(key_values({**sizes, "compiled": run.compiled, "attention": attention}))
     shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
     run.log0(key_values({name: getattr(hp, name) for name in shown}))
     if run.compiled:
-        prime(learner, loader, hp.warmup_steps if world.device.type == "cuda" else min(1, hp.warmup_steps), run)
+        prime(learner, loader, run)
 
     def validate(looping: bool) -> Score:
-        return evaluate(lambda ids: forward(ids, looping), split, config, hp.val_batch_size, world)
+        return evaluate(lambda ids: model(ids, looping, run.compiled), split, config, hp.val_batch_size, world)
 
     results = train(learner, loader, validate, run)
 

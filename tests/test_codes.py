@@ -45,9 +45,14 @@ def damped(moments: torch.Tensor) -> torch.Tensor:
     return exact + tg.GPTQ_DAMPING * exact.diagonal().mean() * torch.eye(len(exact), dtype=torch.float64)
 
 
+def stacked(factors: list[tg.Factor]) -> tg.Factor:
+    return tg.Factor(torch.stack([f.feedback for f in factors]), torch.stack([f.cost for f in factors]))
+
+
 def quantize(w: torch.Tensor, moments: torch.Tensor, step: float, states: int) -> np.ndarray:
-    """All rows with the same step. -> codes (R, C) int8"""
-    return tg.quantize_codes(w, tg.factorize(moments), torch.full((len(w), 1), step), states).numpy()
+    """A single matrix, all rows with the same step. -> codes (R, C) int8"""
+    steps = torch.full((1, len(w), 1), step)
+    return tg.quantize_codes(w[None], stacked([tg.factorize(moments)]), steps, states)[0].numpy()
 
 
 def quantizers_of(codes: np.ndarray, states: int) -> list[int]:
@@ -152,6 +157,23 @@ def test_weights_far_from_the_grid_are_clipped_to_it(w):
     codes = quantize(w, torch.eye(20), 0.1, 8).astype(int)
     assert np.abs(codes).max() <= tg.MAX_CODE
     assert (np.sign(codes) * np.sign(w.numpy()) >= 0).all()
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([1, 7, 64, 65, 100]), st.sampled_from(STATES), st.data())
+def test_matrices_side_by_side_get_the_codes_that_each_gets_alone(n_matrices, n_rows, n_columns, states, data):
+    """To the bit, and whichever rows a rank takes: how many GPUs there are must not change what is stored."""
+    n_first = data.draw(st.integers(0, n_rows))
+    generator = torch.Generator().manual_seed(n_rows)
+    w = torch.randn(n_matrices, n_rows, n_columns, generator=generator)
+    steps = 0.1 + torch.rand(n_matrices, n_rows, 1, generator=generator)
+    factors = [tg.factorize(random_moments(n_columns, seed)) for seed in range(n_matrices)]
+    together = tg.quantize_codes(w, stacked(factors), steps, states)
+
+    for i, factor in enumerate(factors):
+        rows = (slice(0, n_first), slice(n_first, n_rows))
+        alone = [tg.quantize_codes(w[i : i + 1, r], stacked([factor]), steps[i : i + 1, r], states) for r in rows]
+        assert torch.equal(together[i], torch.cat(alone, dim=1)[0])
 
 
 @settings(max_examples=50)
@@ -416,14 +438,14 @@ def test_size_is_found_where_rows_are_almost_zero(model, moments, run):
     assert 0.995 * limit < len(fit(model, moments, run, trellis_states=4, max_weight_bits=4.0)) <= limit
 
 
-def test_best_attempt_is_within_the_limit_then_has_more_states_then_more_bytes():
+def test_best_attempt_is_within_the_limit_then_has_more_bytes():
     """A run must not end over the limit while a file within it is at hand."""
+    contents = tg.Contents(b"", b"", [], np.zeros((tg.N_CLASSES, tg.N_SYMBOLS), np.int64))
     ascending = [
-        tg.Attempt(states=8, packed=bytes(130), within_limit=False),
-        tg.Attempt(states=1, packed=bytes(110), within_limit=False),
-        tg.Attempt(states=1, packed=bytes(99), within_limit=True),
-        tg.Attempt(states=8, packed=bytes(90), within_limit=True),
-        tg.Attempt(states=8, packed=bytes(98), within_limit=True),
+        tg.Attempt(contents, b"", n_bytes=130, within_limit=False),
+        tg.Attempt(contents, b"", n_bytes=110, within_limit=False),
+        tg.Attempt(contents, b"", n_bytes=90, within_limit=True),
+        tg.Attempt(contents, b"", n_bytes=98, within_limit=True),
     ]
     ranks = [attempt.rank for attempt in ascending]
     assert all(low < high for low, high in itertools.pairwise(ranks))

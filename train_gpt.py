@@ -39,11 +39,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import struct
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -246,6 +248,8 @@ class Hyperparameters:
             )
         if Path(self.run_id).name != self.run_id:
             raise ValueError(f"RUN_ID={self.run_id!r} names files in OUT_DIR and must not hold a path")
+        if not self.run_id.isprintable():
+            raise ValueError(f"RUN_ID={self.run_id!r} names files in OUT_DIR and must be printable")
 
     @property
     def seconds_for_steps(self) -> float:
@@ -414,6 +418,19 @@ def reject_lookalike(name: str, value: str) -> None:
         raise ValueError(f"{name}={value!r:.100} is not a setting: say {' or '.join(similar)}, or unset it")
 
 
+# How settings of training scripts end. A variable of that form that is none of ours may have been meant for us.
+FORMS_OF_SETTINGS = re.compile(
+    r"\w+_(ENABLED|LR|WD|LAYERS?|HEADS?|STEPS|ITERS|BITS|DIMS?|MULT|DECAY|MOMENTUM|GATE|RESIDUAL|TOKENS|EXPERTS)"
+    r"|LAYERS|HEADS|KV_HEADS|STEPS|QAT|GATED_ATTENTION|TRAIN_FILES|VAL_FILES|EVAL_ONLY|MAX_WALLCLOCK|MLP_HIDDEN"
+)
+
+
+def unread_variables(env: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings of other scripts, and of which this one knows nothing."""
+    known = SETTINGS | {"PRESET", "TIE_EMBEDDINGS"}
+    return sorted(name for name in env if name not in known and FORMS_OF_SETTINGS.fullmatch(name))
+
+
 def one_edit_apart(a: str, b: str) -> bool:
     """Whether one insertion, deletion, substitution or swap of neighbours turns `a` into `b`."""
     while a and b and a[0] == b[0]:
@@ -531,6 +548,11 @@ def start_world(env: Mapping[str, str]) -> World:
 
     if size > 1:
         address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
+        # Variables of a launcher that are left over from something else would leave this process waiting in silence.
+        message = f"still waiting at {address} for {size} ranks, of which this is RANK={rank}: did they all start?"
+        reminder = threading.Timer(15.0, show, [message, sys.stderr])
+        reminder.daemon = True
+        reminder.start()
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except RuntimeError as error:
@@ -538,6 +560,8 @@ def start_world(env: Mapping[str, str]) -> World:
             raise ValueError(
                 f"{address} is not where the {size} ranks meet ({reason:.200}): start with torchrun"
             ) from None
+        finally:
+            reminder.cancel()
     return World(rank, size, device)
 
 
@@ -705,6 +729,12 @@ def key_values(values: Mapping[str, Any]) -> str:
     return " ".join(items)
 
 
+@functools.cache
+def own_code() -> bytes:
+    """This script as it was when it was first asked for: people edit it while a run is going on."""
+    return Path(__file__).read_bytes()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file atomically: under its name stands all of it, or what was there before. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
@@ -716,6 +746,26 @@ def write_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(f"{path} cannot be written ({error.strerror}): make room there, or name another folder") from None
+
+
+def places_for(path: Path, hp: Hyperparameters) -> list[Path]:
+    """Where a file of the run may lie: in its folder or, if that does not take it, in others."""
+    folders = [Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()]
+    name = path.name if path.name.startswith(hp.run_id) else f"{hp.run_id}.{path.name}"
+    return [path, *(folder.resolve() / name for folder in folders)]
+
+
+def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> int:
+    """Write a file where there is room for it. -> which of places_for took it. Raises OSError if none did."""
+    first_error = OSError()
+    for i, place in enumerate(places_for(path, hp)):
+        try:
+            write_file(place, data)
+        except OSError as error:
+            first_error = first_error if i else error
+        else:
+            return i
+    raise OSError(f"{first_error}. No other folder took it either, {path.name} is lost")
 
 
 def lock_folder(folder: Path) -> None:
@@ -1348,6 +1398,8 @@ def read_shard(path: Path) -> np.ndarray:
     a reader of its own, because the data tools do without torch; tests/test_shards.py holds the two together.
     """
     remedy = "build it again with data/build_shards.py"
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: {remedy}")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if header.size < HEADER_INTS or header[0] != SHARD_MAGIC:
         raise ValueError(f"{path} is not a token shard (its first bytes are not magic {SHARD_MAGIC}): {remedy}")
@@ -1623,22 +1675,32 @@ def load_val_split(
     return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
 
 
+MAX_MANIFEST_BYTES = 2**24
+
+
 def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> dict[str, Any]:
     """What manifest.json adds to the identity of the validation split; raises ValueError if the files contradict it."""
     path = folder / "manifest.json"
     if not path.exists():
         return {"val_text_sha256": "unknown", "tokenizer_lossless": "unknown"}
+    not_a_manifest = f"{path} is not a manifest of data/build_shards.py: export the data again"
+    if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(not_a_manifest)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         val = manifest["splits"]["val"]
         tokenizer = manifest["tokenizer"]
-        listed = dict(val["files"])
+        listed = {str(name): str(sha256) for name, sha256 in val["files"].items()}
         listed_sha256 = str(tokenizer["sha256"])
-        identity = {"val_text_sha256": val["text_sha256"], "tokenizer_lossless": tokenizer["lossless"]}
+        identity = {"val_text_sha256": str(val["text_sha256"]), "tokenizer_lossless": tokenizer["lossless"]}
         is_own_export = manifest.get("tool") == "data/build_shards.py"
         bytes_rule = manifest.get("bytes_rule")
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a manifest of data/build_shards.py: export the data again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(not_a_manifest) from None
+    # They go into the log, where another line must not follow from them.
+    is_hash = re.fullmatch(r"unknown|[0-9a-f]{64}", identity["val_text_sha256"])
+    if not is_hash or identity["tokenizer_lossless"] not in (True, False, "unknown"):
+        raise ValueError(not_a_manifest)
 
     if tokenizer["lossless"] is False and is_own_export and bytes_rule != "decoded":
         # It counted all bytes that a token covers, although the tokenizer does not give all of them back.
@@ -3114,7 +3176,7 @@ def bytes_besides_codes(model: GPT) -> int:
 def bytes_limit(model: GPT, n_codes: int, hp: Hyperparameters) -> int:
     """The most bytes for the artifact, but at least half a bit per code, even if that is over the run's limit."""
     other_bytes = bytes_besides_codes(model)
-    by_total = hp.max_total_bytes - Path(__file__).stat().st_size
+    by_total = hp.max_total_bytes - len(own_code())
     by_weights = int(hp.max_weight_bits * n_codes / 8) + other_bytes
     # Below half a bit the model would be useless. Such a run ends over the limit and says so.
     lowest = other_bytes + n_codes // 16
@@ -3217,26 +3279,13 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
         moments = calibrate(model, loader, results["steps"], run)
     run.ledger.switch("quantize")
     packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
+    place = 0
     if world.rank == 0:
-        save_artifact(path, packed, hp)
+        place = write_somewhere(path, packed, hp)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
-    world.agree(0.0)  # the other ranks wait for the file
+    # The other ranks wait for the file, and look for it where it is.
+    results["artifact_path"] = str(places_for(path, hp)[round(world.agree(place))])
     return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(stream)}
-
-
-def save_artifact(path: Path, packed: bytes, hp: Hyperparameters) -> None:
-    """Write the artifact. If its folder does not take it, keep it in another, and raise an OSError that says where."""
-    try:
-        write_file(path, packed)
-    except OSError as error:
-        for folder in (Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()):
-            kept = folder.resolve() / f"{hp.run_id}.{path.name}"
-            with contextlib.suppress(OSError):
-                write_file(kept, packed)
-                break
-        else:
-            raise OSError(f"{error}. No other folder took it either, the artifact is lost") from None
-        raise OSError(f"{error}. The artifact is in {kept} instead: score it with EVAL_ARTIFACT={kept}") from None
 
 
 def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
@@ -3254,7 +3303,7 @@ def report(run: Run, results: dict[str, Any], parts: ArtifactParts) -> dict[str,
     hp = run.hp
     log0 = run.log0
     memory, reserved = peak_memory_mib(run.world.device)
-    bytes_code = Path(__file__).stat().st_size
+    bytes_code = len(own_code())
     bytes_total = bytes_code + parts.n_bytes
     seconds = {f"seconds_{phase}": round(spent, 2) for phase, spent in run.ledger.spent.items()}
     results = {
@@ -3286,6 +3335,7 @@ EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
 def main() -> int:
     """One run, from settings to score. -> exit status: 0, or 3 if code and artifact do not fit MAX_TOTAL_BYTES"""
+    own_code()
     if len(sys.argv) > 1:
         raise ValueError(
             f"arguments {sys.argv[1:]!r:.200} are not read: settings are environment variables, as in "
@@ -3300,7 +3350,15 @@ def main() -> int:
         results = train_and_score(Run(config, hp, world, ledger, log0))
         if world.rank == 0:
             text = json.dumps(results, indent=1, allow_nan=False)
-            write_file(Path(hp.out_dir, f"{hp.run_id}.json"), text.encode())
+            path = Path(hp.out_dir, f"{hp.run_id}.json")
+            misplaced = []
+            if place := write_somewhere(path, text.encode(), hp):
+                misplaced.append(f"{path.name} is in {places_for(path, hp)[place].parent}")
+            artifact = Path(hp.eval_artifact or results["artifact_path"])
+            if artifact.parent.resolve() != Path(hp.artifact_dir).resolve() and not hp.eval_artifact:
+                misplaced.append(f"the artifact is {artifact}")
+            if misplaced:
+                raise OSError(f"a disk is full: {', '.join(misplaced)}. The run is complete, move them")
         log0.close()
     except BaseException as error:
         is_expected = isinstance(error, EXPECTED_ERRORS)
@@ -3321,6 +3379,8 @@ def train_and_score(run: Run) -> dict[str, Any]:
 
     changed = changed_settings(config, hp, os.environ)
     log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(f'{name}={v}' for name, v in changed.items())}")
+    if unread := unread_variables(os.environ):
+        log0(f"warning: these variables are not read, this script has no such settings: {', '.join(unread)}")
     machine = {
         **describe_machine(world.device),
         "world_size": world.size,
@@ -3336,7 +3396,7 @@ def train_and_score(run: Run) -> dict[str, Any]:
         "eval_stride": config.eval_stride or config.eval_seq_len,
     }
     identity = {
-        "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "code_sha256": hashlib.sha256(own_code()).hexdigest(),
         "judge_version": JUDGE_VERSION,
         **split.identity,
     }
@@ -3355,8 +3415,8 @@ def train_and_score(run: Run) -> dict[str, Any]:
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
     else:
-        path = Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec])
-        results |= train_and_store(run, split, path)
+        results |= train_and_store(run, split, Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec]))
+        path = Path(results["artifact_path"])
 
     ledger.switch("load")
     parts = read_artifact(path)

@@ -397,10 +397,13 @@ def check(folder: Path) -> list[str]:
         model_name = str(manifest["tokenizer"]["file"])
         model_sha256 = manifest["tokenizer"]["sha256"]
         lossless = manifest["tokenizer"]["lossless"] is True
+        hashes = {str(sha256) for figures in splits.values() for sha256 in figures["files"].values()}
         loses_bytes = manifest["tokenizer"]["lossless"] is False and manifest.get("tool") == "data/build_shards.py"
         bytes_rule = manifest.get("bytes_rule")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{path} is not a manifest of data/build_shards.py: export the data again"]
+    if any(len(sha256) != 64 for sha256 in hashes):
+        return [f"{path} lists files without their sha256: export the data again"]
 
     if loses_bytes and bytes_rule != BYTES_RULE:
         return [f"{path} is of an older version, which counted bytes that its tokenizer loses: export the data again"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -582,3 +583,28 @@ def test_file_that_is_no_tokenizer_is_refused_by_name(data, tmp_path):
         path.write_bytes(junk)
         with pytest.raises(ValueError, match=r"junk\.model' is not a SentencePiece model"):
             tg.load_tokenizer(str(path), VOCAB_SIZE, BOS)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[" * 100_000,
+        '{"splits": {"val": {"text_sha256": "a", "files": []}}, "tokenizer": {"sha256": "b", "lossless": true}}',
+        '{"splits": {"val": {"text_sha256": "x\\nval_loss:0", "files": {}}}, "tokenizer": {"sha256": "b", "lossless": 1}}',
+        '{"splits": {"val": {"text_sha256": "unknown", "files": {}}}, "tokenizer": {"sha256": "b", "lossless": "x"}}',
+    ],
+    ids=["nested", "a list", "two lines", "no truth value"],
+)
+def test_hostile_manifest_is_refused(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest"):
+        tg.check_manifest(tmp_path, [], "b")
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("manifest.json", "fineweb_val_000000.bin"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest"):
+        tg.check_manifest(tmp_path, [], "b")
+    with pytest.raises(ValueError, match=r"fineweb_val_000000\.bin is not a regular file"):
+        tg.read_shard(tmp_path / "fineweb_val_000000.bin")

@@ -26,18 +26,20 @@ HOSTILE = (
 )
 
 
-def result(val_bpb: float, seconds: float = 599.0) -> record.SeedResult:
+def result(run: str, val_bpb: float, seconds: float = 599.0) -> record.SeedResult:
+    """The result of a run that has a name of its own: no two runs end with the same weights."""
+    unique = int(record.sha256(run.encode())[:8], 16) / 2**32
     return record.SeedResult(
         val_loss=val_bpb * math.log(2) * 2.5,
         val_bpb=val_bpb,
-        pre_quant_val_loss=(val_bpb - 0.001) * math.log(2) * 2.5,
+        pre_quant_val_loss=(val_bpb - 0.001) * math.log(2) * 2.5 + 1e-9 * unique,
         pre_quant_val_bpb=val_bpb - 0.001,
         steps=4000,
         train_seconds=seconds,
         eval_seconds=200.0,
         bytes_artifact=15_800_000,
         bytes_total=15_900_000,
-        artifact_sha256="a" * 64,
+        artifact_sha256=record.sha256(run.encode()),
         scored_tokens=40,
         scored_bytes=100,
         ledger_seconds={"train": seconds, "evaluate": 200.0},
@@ -68,7 +70,9 @@ class Records:
         self, name: str, day: str, bpbs: list[float], track: str = MAIN, seconds: tuple[float, ...] = (), **other: Any
     ) -> Path:
         times = seconds or (599.0,) * len(bpbs)
-        seeds = {str(i): result(*pair) for i, pair in enumerate(zip(bpbs, times, strict=True), 1)}
+        seeds = {}
+        for i, (val_bpb, train_seconds) in enumerate(zip(bpbs, times, strict=True), 1):
+            seeds[str(i)] = result(f"{track} {name} {i}", val_bpb, train_seconds)
         about: dict[str, Any] = {
             "schema_version": 1,
             "name": name,
@@ -97,7 +101,7 @@ class Records:
             "train_seconds": statistics.fmean(times),
             "judge_version": 2,
             "val_accounting": "pieces",
-            "val_text_sha256": "d" * 64,
+            "val_text_sha256": "unknown",
             "val_shards_sha256": "e" * 64,
             "val_tokens": 40_541_164,
             "val_documents": 50_000,
@@ -129,6 +133,14 @@ def review(kind: Any, day: str = "2026-02-01", code: str = "c" * 64, **other: An
     return record.Review(date=day, reviewer="Grace", kind=kind, code_sha256=code, **({"seed": "1"} | other))
 
 
+def add_review(folder: Path, added: record.Review) -> None:
+    """A review of what the run of its seed wrote."""
+    result = record.load_submission(folder).seed_results.get(added.seed)
+    if result is not None and added.kind == "rescored":
+        added = dataclasses.replace(added, artifact_sha256=result.artifact_sha256)
+    record.add_review(folder, added)
+
+
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     """Nothing in it has the evidence that tools/verify.py wants to see: what that says is up to the test."""
@@ -138,20 +150,20 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 
 def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
     folder = records.add("Sampled", "2026-01-01", [1.2], judge_version=record.newest_judge_version())
-    record.add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
+    add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
     assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
     assert '<span class="badge re-scored"' in page.page(records.board(), records.folder)
-    record.add_review(folder, review("rescored", val_bpb=1.2))
+    add_review(folder, review("rescored", val_bpb=1.2))
     assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
 
 
 def test_a_state_tells_for_how_many_seeds_it_holds(records: Records):
     """One artifact that was scored again says nothing of two other seeds, and older rules are named."""
     folder = records.add("Seeds", "2026-01-01", [1.2, 1.2, 1.2], judge_version=record.newest_judge_version())
-    record.add_review(folder, review("rescored", val_bpb=1.2))
+    add_review(folder, review("rescored", val_bpb=1.2))
     assert "| re-scored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
     for seed in ("2", "3"):
-        record.add_review(folder, review("rescored", val_bpb=1.2, seed=seed))
+        add_review(folder, review("rescored", val_bpb=1.2, seed=seed))
     assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
     records.add("Older", "2026-01-01", [1.2], judge_version=2)
     assert "| verified, judge 2 |" in lb.full_markdown(records.board(), records.folder)
@@ -283,15 +295,36 @@ def test_classes_and_texts_have_tables_of_their_own(records: Records):
     seeds = [1.2000, 1.2004, 1.1996]
     records.add("Fixed", "2026-01-01", seeds)
     records.add("Adaptive", "2026-01-02", [1.1, 1.1004, 1.0996], predictor_class="B")
-    records.add("Other text", "2026-01-03", seeds, val_text_sha256="0" * 64)
+    # Where the track names the text, a hash that nobody else knows does not make it another one.
+    records.add("Other hash", "2026-01-03", seeds, val_text_sha256="0" * 64)
     records.add("Other bytes", "2026-01-04", seeds, val_bytes=155_769_746)
     records.add("Source bytes", "2026-01-05", seeds, val_accounting="sidecar")
     records.add("Same text", "2026-01-06", [1.1, 1.1004, 1.0996], val_tokens=1, tokenizer_sha256="0" * 64)
     tables = [sorted(row.entry.submission.name for row in table.rows) for table in records.board().tables]
-    assert tables[0] == ["Fixed", "Same text"]
-    assert sorted(tables[1:]) == [["Adaptive"], ["Other bytes"], ["Other text"], ["Source bytes"]]
+    assert tables[0] == ["Fixed", "Other hash", "Same text"]
+    assert sorted(tables[1:]) == [["Adaptive"], ["Other bytes"], ["Source bytes"]]
     assert records.rows()["Adaptive"].verdict == "first"
     assert records.rows()["Same text"].verdict == "yes"
+
+
+def test_a_text_that_nobody_knows_ranks_nowhere(records: Records):
+    """Otherwise anybody could be the first of a table of their own."""
+    records.add("Mine", "2026-01-01", [0.5, 0.5], OPEN, val_text_sha256="0" * 64, val_documents=7, val_bytes=1000)
+    row = records.rows()["Mine"]
+    assert (row.rank, row.verdict) == (None, "no: the text is not listed")
+    assert lb.UNLISTED_TEXT in lb.full_markdown(records.board(), records.folder)
+
+
+def test_a_copy_of_a_record_does_not_stand(records: Records):
+    """By another author, in another folder; a link to a folder is no record at all."""
+    folder = records.add("Start", "2026-01-01", [1.2, 1.2004])
+    copied = record.load_submission(folder).seed_results
+    records.add("Copy", "2026-01-02", [1.2, 1.2004], author="Eve", github_id="eve", seed_results=copied)
+    (folder.parent / "2026-01-03_Link").symlink_to(folder)
+    rows = records.rows()
+    assert list(rows) == ["Start", "Copy"]
+    assert (rows["Start"].rank, rows["Copy"].rank) == (1, None)
+    assert f"copy: it has the artifact_sha256 of a run in {MAIN}/2026-01-01_Start" in rows["Copy"].entry.reason
 
 
 def test_a_known_text_is_the_same_for_tokenizers_that_normalise(records: Records):
@@ -332,34 +365,34 @@ def test_a_dispute_holds_until_it_is_settled(records: Records):
     records.add("Good", "2026-01-03", [1.1000, 1.1004, 1.0996])
     assert records.rows()["Good"].verdict == "no: gain not over 0.002"
 
-    record.add_review(bad, review("reproduced"))
-    record.add_review(bad, review("disputed", note="scores tokens twice"))
+    add_review(bad, review("reproduced"))
+    add_review(bad, review("disputed", note="scores tokens twice"))
     rows = records.rows()
     assert (rows["Bad"].entry.state, rows["Bad"].rank, rows["Bad"].verdict) == ("disputed", None, "no: disputed")
     assert list(rows) == ["Good", "Start", "Bad"]
     assert rows["Good"].verdict == "yes", "a disputed record sets no bar"
     assert "scores tokens twice" in lb.full_markdown(records.board(), records.folder)
 
-    record.add_review(bad, review("settled"))
+    add_review(bad, review("settled"))
     assert records.rows()["Bad"].entry.state == "reproduced"
-    record.add_review(bad, review("disputed"))
+    add_review(bad, review("disputed"))
     assert records.rows()["Bad"].entry.state == "disputed"
 
 
 def test_reviews_of_other_code_do_not_count(records: Records):
     folder = records.add("Start", "2026-01-01", [1.2])
-    record.add_review(folder, review("reproduced", code="0" * 64))
+    add_review(folder, review("reproduced", code="0" * 64))
     assert records.rows()["Start"].entry.state == "verified"
-    record.add_review(folder, review("rescored", val_bpb=1.2))
+    add_review(folder, review("rescored", val_bpb=1.2))
     assert records.rows()["Start"].entry.state == "re-scored"
-    record.add_review(folder, review("reproduced"))
+    add_review(folder, review("reproduced"))
     assert records.rows()["Start"].entry.state == "reproduced"
 
 
 def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
     """Not even one that somebody trained again."""
     large = records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
-    record.add_review(large, review("reproduced"))
+    add_review(large, review("reproduced"))
     records.add("Sound", "2026-01-02", [1.2000, 1.2004, 1.1996])
     assert records.rows()["Large"].entry.state == "reproduced"
     monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if folder == large else ())
@@ -405,8 +438,8 @@ def rewritten(folder: Path, **fields: Any) -> None:
         (lambda f: rewritten(f, date="20260101"), "date"),
         (lambda f: rewritten(f, track=OPEN), "track"),
         (lambda f: rewritten(f, seed_results={}), "no seeds"),
-        (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result(1.0))}), "no number"),
-        (lambda f: rewritten(f, seed_results={"1": dataclasses.asdict(result(1e200))}), "impossible val_bpb"),
+        (lambda f: rewritten(f, seed_results={"../x": dataclasses.asdict(result("x", 1.0))}), "no number"),
+        (lambda f: rewritten(f, seed_results={"1": dataclasses.asdict(result("x", 1e200))}), "impossible val_bpb"),
         (lambda f: rewritten(f, val_loss=10**400), "401 digits"),
         (lambda f: f.rename(f.with_name("no date")), "YYYY-MM-DD"),
         (lambda f: f.parent.rename(f.parent.with_name("track_unknown")), "no track"),
@@ -527,7 +560,7 @@ def test_hostile_names_stay_text_in_markdown(records: Records):
 def test_hostile_names_stay_text_in_the_page(records: Records):
     names = {"author": HOSTILE, "blurb": HOSTILE, "github_id": '" onmouseover="alert(1)', "hardware": HOSTILE}
     folder = records.add(HOSTILE, "2026-01-01", [1.2, 1.2], OPEN, **names)
-    record.add_review(folder, review("disputed", note=HOSTILE))
+    add_review(folder, review("disputed", note=HOSTILE))
     text = page.page(records.board(), records.folder)
     template = page.TEMPLATE.read_text()
     assert len(re.findall(r"<(?:script|/script|img|!--)", text)) == len(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import record
+import source
 import verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +108,9 @@ DATA = "\n".join(textwrap.wrap(base64.b85encode(random.Random(0).randbytes(60_00
         "x = json.codecs.builtins.eval('1')\n",
         "x = getattr(json.codecs, 'builtins')\n",
         "x = vars(json)['__builtins__']\n",
+        "x = globals()['eval']\n",
+        "x = sys.modules['json'].__dict__['exec']\n",
+        "x = getattr(json.codecs, 'eval')\n",
         "x = (lambda: 0).__globals__\n",
         "x = ().__class__.__base__.__subclasses__()\n",
         "import types\nx = types.FunctionType\n",
@@ -137,6 +142,10 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import codecs
+import contextvars
+import cProfile
+import html
 import logging
 import pickle
 import re
@@ -151,6 +160,10 @@ brotli = importlib.import_module("zlib")
 model = nn.Linear(1, 1).eval()
 mode = "eval"
 
+seconds = {"eval": 1.0, "compile": 2.0}
+total = seconds["eval"] + seconds["compile"]
+compiler = getattr(torch, "compile", None)
+largest = 18446744073709551616
 fast = torch.compile(nn.Linear(1, 1), mode="max-autotune")
 fast.compile()
 pattern = re.compile("x")
@@ -185,6 +198,16 @@ def test_ordinary_code_and_triton_kernels_are_not_refused(honest, tmp_path, code
 
 
 @pytest.mark.slow
+def test_compile_of_torch_is_not_that_of_python(honest, tmp_path):
+    code = "from torch import compile, nn\nfast = compile(nn.Linear(1, 1))\n"
+    assert static_failures(honest, tmp_path, code) == set()
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: utf8\n", b"# -*- coding: UTF-8 -*-\n"])
+def test_all_spellings_of_utf8_are_read(start):
+    assert source.find_faults(start + b"x = 1\n") == ((), ())
+
+
 def test_the_triton_kernel_is_a_real_one(tmp_path):
     """Run by Triton's interpreter, which needs no GPU; its result is that of torch."""
     pytest.importorskip("triton")
@@ -318,6 +341,99 @@ def test_praise_by_the_author_counts_for_nothing(copied):
     assert failed(verify.static_checks(copied)) == {"reviews"}
 
 
+@pytest.mark.parametrize("name", ["{} ", " {}", "{}\u200b", "{}.", "@{}", "", "\u2060"])
+def test_the_author_is_known_by_any_spelling(copied, name):
+    claims = record.load_submission(copied)
+    seed, result = next(iter(claims.seed_results.items()))
+    review = confirmation(claims, seed, result.val_bpb)
+    record.add_review(copied, dataclasses.replace(review, reviewer=name.format(claims.github_id)))
+    assert failed(verify.static_checks(copied)) == {"reviews"}
+
+
+def confirmation(claims: record.Submission, seed: str, val_bpb: float) -> record.Review:
+    return record.Review(
+        date=claims.date,
+        reviewer="Grace",
+        kind="rescored",
+        code_sha256=claims.code_sha256,
+        seed=seed,
+        val_bpb=val_bpb,
+        judge_version=record.newest_judge_version(),
+        artifact_sha256=claims.seed_results[seed].artifact_sha256,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"val_bpb": 9.9},
+        {"val_bpb": None},
+        {"val_bpb_interval": 5.0},
+        {"judge_version": 1},
+        {"judge_version": 99},
+        {"artifact_sha256": ""},
+        {"seed": "01"},
+        {"kind": "disputed", "seed": "01"},
+    ],
+)
+def test_a_review_that_does_not_confirm_the_claim_is_refused(copied, changes):
+    claims = record.load_submission(copied)
+    good = confirmation(claims, "1", claims.seed_results["1"].val_bpb)
+    record.add_review(copied, good)
+    assert failed(verify.static_checks(copied)) == set()
+    (copied / "reviews.json").unlink()
+    record.add_review(copied, dataclasses.replace(good, **changes))
+    assert failed(verify.static_checks(copied)) == {"reviews"}
+
+
+def test_a_dispute_of_an_unknown_seed_holds_for_all(honest):
+    claims = record.load_submission(honest)
+    disputed = record.Review("2026-02-01", "r", "disputed", claims.code_sha256, seed="01")
+    assert set(record.seed_states(claims, [disputed]).values()) == {"disputed"}
+
+
+def test_seconds_of_training_count_under_any_name(honest, tmp_path):
+    folder = forge(honest, tmp_path / TRACK / honest.name, "", {"seconds_warm": 1000.0})
+    assert all(result.train_seconds > 1000 for result in record.load_submission(folder).seed_results.values())
+    run = record.read_json(record.run_path(honest, "1"))
+    del run["seconds_train"]
+    assert record.run_faults(run) == ["it lacks seconds_train, which a training run writes"]
+
+
+def test_a_log_without_times_is_caught(copied):
+    path = record.log_path(copied, "1")
+    path.write_text(re.sub(r" train_time:\S+", "", path.read_text()))
+    assert "no time of any step" in reason_of("clock", copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"val_text_sha256": "invented"},
+        {"val_text_sha256": "A" * 64},
+        {"model_params": -5},
+        {"device": "cpu:AMD\u200b"},
+        {"device": "cpu:AMD_"},
+        {"train_tokens": -7},
+    ],
+)
+def test_values_that_no_run_writes_are_refused(honest, tmp_path, changes):
+    assert "schema" in static_failures(honest, tmp_path, changes=changes)
+
+
+def test_a_record_is_not_older_than_its_runs(honest, tmp_path):
+    track = tmp_path / TRACK
+    folder = forge(honest, track / "2026-01-02_Early", "", date="2026-01-02")
+    assert "its last run was made on" in reason_of("summary", folder)
+
+
+def test_a_tokenizer_that_rewrites_text_is_not_lossless(honest, tmp_path, train_tokenizer, documents):
+    model = train_tokenizer(documents, normalization_rule_name="nmt_nfkc_cf")
+    folder = forge(honest, tmp_path / TRACK / honest.name, "", {"tokenizer_sha256": record.sha256(model)})
+    (folder / "data" / "tokenizer.model").write_bytes(model)
+    assert "rewrites characters" in reason_of("data", folder)
+
+
 def test_files_that_do_not_belong_in_a_record_are_refused(copied):
     (copied / "helper.py").write_text("x = 1\n")
     (copied / "here").symlink_to("/etc")
@@ -428,6 +544,29 @@ def hostile(folder: Path, name: str) -> None:
             file.truncate(2**30)
     elif name == "long log":
         record.log_path(folder, "1").write_text("step:1/2 train_loss:1 x:1 " * 40_000_0)
+    elif name == "key twice in a long JSON":
+        pairs = ", ".join(f'"{i}": 1' for i in range(150_000))
+        (folder / "submission.json").write_text("{" + pairs + ', "149999": 1}')
+    elif name == "sparse artifact":
+        [artifact] = folder.glob("final_model.*.ptz")
+        with artifact.open("ab") as file:
+            file.truncate(2**31)
+        claims = record.read_json(folder / "submission.json")
+        for result in claims["seed_results"].values():
+            result["bytes_artifact"] = 2**31
+        (folder / "submission.json").write_text(json.dumps(claims))
+    elif name == "lines for a comparison":
+        rng = random.Random(0)
+        lines = [f"#{rng.randrange(120)}\n" for _ in range(100_000)]
+        base = folder.parent / "2026-01-01_Base"
+        shutil.copytree(folder, base)
+        script.write_text("".join(lines))
+        record.script_path(base).write_text("".join(reversed(lines)))
+        claims = record.read_json(folder / "submission.json")
+        claims["base"] = f"{folder.parent.name}/{base.name}"
+        (folder / "submission.json").write_text(json.dumps(claims))
+    elif name == "log of blank lines":
+        record.log_path(folder, "1").write_text("\n" * 4_000_000)
     elif name == "log of one key":
         record.log_path(folder, "1").write_text(("a:1 " * 990 + "\n") * 1000)
     elif name == "many files":
@@ -442,7 +581,8 @@ def hostile(folder: Path, name: str) -> None:
         os.mkfifo(record.log_path(folder, "1"))
 
 
-HOSTILE = ["long script", "dense script", "nested script", "sparse JSON", "sparse shard", "long log", "log of one key"]
+HOSTILE = ["key twice in a long JSON", "sparse artifact", "lines for a comparison", "log of blank lines"]
+HOSTILE += ["long script", "dense script", "nested script", "sparse JSON", "sparse shard", "long log", "log of one key"]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "many files", "pipe as artifact", "pipe as log"])

@@ -5,7 +5,9 @@
 
 A table holds the records of one track, one class of predictor (A fixed, B adaptive), one scored text and way to count
 its bytes and, where the track says so, one kind of machine: only those can be compared. The lowest mean over all seeds
-ranks first. Texts that lie in every Python are demonstrations, whose tables rank nothing.
+ranks first. Tables of two kinds rank nothing: those of texts that lie in every Python, which are demonstrations, and
+those of texts that records/texts.json does not list, because anybody can make one up. A record that shares an artifact,
+or a loss to the last digit, with an older one fails as its copy.
 
 A new record shows, at p < p_value, that it beats the best of the days before by more than the track's min_gain. The
 test is Welch's, one-sided, over all seeds of both, of the hypothesis "the gain is at most min_gain". This is the
@@ -33,6 +35,7 @@ A folder that cannot be read is listed below the tables with the reason. The sam
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import html
 import itertools
 import os
@@ -44,7 +47,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from record import (
@@ -73,6 +76,7 @@ DEMONSTRATION = (
     "A demonstration, which ranks nothing: the text is the documentation of Python itself, so that every script can "
     "read it where it is judged."
 )
+UNLISTED_TEXT = "It ranks nothing: records/texts.json does not list the text, so that nobody knows what was scored."
 
 State = Literal["disputed", "reproduced", "re-scored", "verified", "claimed"]
 STATES: dict[State, str] = {
@@ -118,7 +122,7 @@ class Row(NamedTuple):
     """A line of a table."""
 
     entry: Entry
-    rank: int | None  # None if the record does not stand, or is a demonstration
+    rank: int | None  # None if the record does not stand, or its text is not ranked
     gain: float | None  # over the bar, in units of the track's rank_by; None if there was no bar
     p: float | None
     verdict: str  # on whether it is a new record: "first", "yes", "reference run", or why not
@@ -153,6 +157,7 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
     """Read every folder under the tracks of a folder of records."""
     groups: dict[TableKey, list[Entry]] = {}
     unlisted = []
+    folder_with: dict[tuple[str, Any], Path] = {}
     for folder in record_folders(records):
         # Editors and tools leave such folders; they are not under version control.
         if folder.name.startswith((".", "_")) or folder.suffix == ".part":
@@ -162,6 +167,7 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
         except Exception as error:  # no record, however odd, may take the whole board down
             unlisted.append((folder, clean(str(error), 200)))
             continue
+        entry = without_copies(entry, folder_with)
         s = entry.submission
         device = s.hardware if tracks[s.track].by_device else ""
         key = TableKey(s.track, s.predictor_class, s.scored_text, device)
@@ -174,6 +180,22 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
         track = tracks[key.track_name]
         tables.append(Table(key, track, ranked(groups[key], track)))
     return Board(tracks, tables, unlisted)
+
+
+def without_copies(entry: Entry, folder_with: dict[tuple[str, Any], Path]) -> Entry:
+    """The entry, which fails if one of its runs stands in an older record: no two runs end with the same weights.
+
+    Takes the runs of the entry into `folder_with`.
+    """
+    for result in entry.submission.seed_results.values():
+        for key in ("artifact_sha256", "pre_quant_val_loss"):
+            other = folder_with.setdefault((key, getattr(result, key)), entry.folder)
+            if other != entry.folder:
+                reason = f"copy: it has the {key} of a run in {other.parent.name}/{other.name}"
+                return dataclasses.replace(
+                    entry, state="claimed", reason=f"fails a check: {reason}", failures=(*entry.failures, reason)
+                )
+    return entry
 
 
 def read_entry(folder: Path, tracks: Mapping[str, Track]) -> Entry:
@@ -280,16 +302,23 @@ def ranked(entries: Iterable[Entry], track: Track) -> list[Row]:
         if bar is not None:
             gain = bar.mean(key) - entry.mean(key)
             p = welch(bar.submission.values(key), entry.submission.values(key), track.min_gain)
-        if is_demonstration(entry.submission.scored_text):
-            rows.append(Row(entry, None, None, None, "no: a demonstration"))
+        text = entry.submission.scored_text
+        if not ranks(text):
+            verdict = "no: a demonstration" if is_demonstration(text) else "no: the text is not listed"
+            rows.append(Row(entry, None, None, None, verdict))
             continue
         verdict = verdict_on(entry, track, gain, p, is_first=entry is first)
         rows.append(Row(entry, place if entry.stands else None, gain, p, verdict))
     return rows
 
 
+def ranks(text: ScoredText) -> bool:
+    """Whether results on this text are ranked: it is known, and not everybody has it."""
+    return known_text(text.documents, text.sha256) is not None and not is_demonstration(text)
+
+
 def is_demonstration(text: ScoredText) -> bool:
-    """Whether results on this text rank nowhere, because every script can read it."""
+    """Whether every script can read this text where it is judged."""
     known = known_text(text.documents, text.sha256)
     return known is not None and known.demonstration
 
@@ -474,6 +503,8 @@ def full_markdown(board: Board, base: Path) -> str:
             lines += [f"### {escape_markdown(caption(table))}", ""]
             if is_demonstration(table.key.text):
                 lines += [DEMONSTRATION, ""]
+            elif not ranks(table.key.text):
+                lines += [UNLISTED_TEXT, ""]
             lines += markdown_table([row_cells(row, track) for row in table.rows], base)
             lines.append("")
 

@@ -133,11 +133,17 @@ class Submission:
         Where bytes are counted by a tokenizer's pieces, two tokenizers may count differently in one and the same text.
         """
         n_bytes = self.val_bytes
-        known = known_text(self.val_documents, self.val_text_sha256)
+        text_sha256 = self.val_text_sha256
+        known = known_text(self.val_documents, text_sha256)
+        track = track_of(self)
+        if known is None and track is not None and track.text:
+            # Nobody has hashed the documents of some texts. A hash of one's own must not open a table of one's own.
+            known = text_named(track.text)
+            text_sha256 = known.text_sha256 or "unknown"
         if known is not None and known.has_size(self.val_documents, self.val_bytes):
             n_bytes = known.bytes
         lossless = None if self.val_accounting == "pieces" else self.tokenizer_lossless is True
-        return ScoredText(self.val_accounting, lossless, self.val_text_sha256, self.val_documents, n_bytes)
+        return ScoredText(self.val_accounting, lossless, text_sha256, self.val_documents, n_bytes)
 
     @property
     def bytes_counted(self) -> str:
@@ -254,11 +260,14 @@ TYPE_NAMES = {
 }
 
 
+MAX_FAULTS = 12  # that a message lists
+
+
 def from_json(cls: type[T], value: Any, where: str) -> T:
-    """An instance of a dataclass from a JSON value named `where`. A ValueError lists everything that is wrong."""
+    """An instance of a dataclass from a JSON value named `where`. A ValueError lists what is wrong first."""
     found = faults(value, cls, where)
     if found:
-        raise ValueError("; ".join(found))
+        raise ValueError("; ".join(fault[:200] for fault in found[:MAX_FAULTS]))
     return converted(value, cls)
 
 
@@ -402,11 +411,11 @@ def read_json(path: Path, strict: bool = True) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated[:40]!r} occurs twice in one object")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key[:40]!r} occurs twice in one object")
+        values[key] = value
     return values
 
 
@@ -469,7 +478,8 @@ def is_ignored(name: str) -> bool:
 
 def record_folders(records: Path = RECORDS) -> list[Path]:
     """The folders of all tracks, oldest first."""
-    folders = [path for path in records.glob("track_*/*") if path.is_dir()]
+    # A link would be the same record a second time.
+    folders = [path for path in records.glob("track_*/*") if path.is_dir() and not path.is_symlink()]
     return sorted(folders, key=lambda path: (path.name, path.parent.name))
 
 
@@ -594,12 +604,12 @@ SeedState = Literal["disputed", "reproduced", "re-scored", "unconfirmed"]
 def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, SeedState]:
     """What somebody else found of each seed: a confirmation holds for the seed that it names, and for its code.
 
-    Reviews come oldest first. A dispute that nobody settled holds for its seed, or for all if it names none.
+    Reviews come oldest first. A dispute that nobody settled holds for its seed, or for all if it names none of them.
     """
     states: dict[str, SeedState] = dict.fromkeys(submission.seed_results, "unconfirmed")
     for seed, result in submission.seed_results.items():
-        mine = [review for review in reviews if review.seed in ("", seed)]
-        objections = [review for review in mine if review.kind in ("disputed", "settled")]
+        of_seed = [review for review in reviews if review.seed == seed or review.seed not in states]
+        objections = [review for review in of_seed if review.kind in ("disputed", "settled")]
         if objections and objections[-1].kind == "disputed":
             states[seed] = "disputed"
             continue
@@ -608,7 +618,7 @@ def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, 
                 continue
             if review.kind == "reproduced":
                 states[seed] = "reproduced"
-            same_artifact = review.artifact_sha256 in ("", result.artifact_sha256)
+            same_artifact = review.artifact_sha256 == result.artifact_sha256
             if review.kind == "rescored" and same_artifact and states[seed] != "reproduced":
                 states[seed] = "re-scored"
     return states
@@ -621,8 +631,8 @@ def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, 
 # Settings that may differ between the runs of one record.
 PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}
 
-# Phases of a run that count against the limit of the training time.
-COUNTED_PHASES = ("train", "average", "calibrate")
+# Phases of a run that do not count against the limit of the training time. All others do, whatever their name.
+FREE_PHASES = {"startup", "compile", "validate", "quantize", "serialize", "load", "evaluate", "report"}
 
 # Keys that submission.json takes from the JSON of the first run.
 COPIED_TO_SUBMISSION = (
@@ -684,6 +694,7 @@ def run_types() -> dict[str, Any]:
         "data_path": str,
         "tokenizer_path": str,
         "artifact_dir": str,
+        "seconds_train": float,
         "seconds_evaluate": float,
         "tokenizer_lossless": Any,  # true, false or "unknown"
         **{name: submission_hints[name] for name in COPIED_TO_SUBMISSION},
@@ -742,7 +753,7 @@ def seed_result(run: Mapping[str, Any]) -> SeedResult:
     ledger = {key.removeprefix("seconds_"): seconds for key, seconds in run.items() if key.startswith("seconds_")}
     return SeedResult(
         **{name: run[name] for name in COPIED_TO_SEED_RESULT},
-        train_seconds=round(sum(ledger.get(phase, 0.0) for phase in COUNTED_PHASES), 2),
+        train_seconds=round(sum(seconds for phase, seconds in ledger.items() if phase not in FREE_PHASES), 2),
         eval_seconds=ledger["evaluate"],
         ledger_seconds=ledger,
     )
@@ -832,7 +843,9 @@ NAMED_VALUES = {
     "bytes_artifact": re.compile(r"Serialized model \S+: (\d+) bytes"),
     "bytes_total": re.compile(r"Total submission size \S+: (\d+) bytes"),
 }
-MAX_LINE = 4000  # characters; no line of a real log comes near, and the patterns stay fast
+# No real log comes near these, and reading stays fast.
+MAX_LINE = 4000  # characters
+MAX_LINES = 100_000
 
 
 class CurvePoint(NamedTuple):
@@ -864,10 +877,15 @@ class RunLog(NamedTuple):
 
 
 def parse_log(text: str) -> RunLog:
-    """Read a log of this project or of the published challenge. Lines of any other form are skipped."""
+    """Read a log of this project or of the published challenge. Lines of any other form are skipped.
+
+    ValueError for one with more lines than a run prints.
+    """
+    if text.count("\n") > MAX_LINES:
+        raise ValueError(f"a log has more than {MAX_LINES} lines")
     log = RunLog([], [], {}, {})
     for line in text.splitlines():
-        if len(line) > MAX_LINE:
+        if len(line) > MAX_LINE or ":" not in line:
             continue
 
         step = STEP_LINE.match(line)

@@ -8,6 +8,7 @@ the sandbox, and all its bytes count, comments too.
 from __future__ import annotations
 
 import ast
+import codecs
 import functools
 import io
 import re
@@ -24,26 +25,45 @@ NETWORK_MODULES = {
 }
 # Packages beyond the standard library that count no bytes.
 PACKAGES = {
-    "brotli",
-    "flash_attn",
-    "flash_attn_interface",
-    "numpy",
-    "sentencepiece",
-    "torch",
-    "tqdm",
-    "triton",
-    "zstandard",
+    *("brotli", "einops", "flash_attn", "flash_attn_interface", "numba", "numpy", "psutil", "safetensors", "scipy"),
+    *("sentencepiece", "tiktoken", "torch", "torchao", "tqdm", "triton", "typing_extensions", "xxhash", "zstandard"),
 }
 # Modules of the standard library that scripts use. Those that build or load code are missing here.
 MODULES = {
-    *("__future__", "abc", "argparse", "array", "ast", "atexit", "base64", "bisect", "bz2", "cmath", "collections"),
-    *("concurrent", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "decimal", "difflib", "enum"),
-    *("errno", "faulthandler", "fcntl", "fractions", "functools", "gc", "getpass", "glob", "gzip", "hashlib", "heapq"),
+    *("__future__", "abc", "argparse", "array", "ast", "atexit", "base64", "bisect", "bz2", "cmath", "codecs"),
+    *("collections", "concurrent", "contextlib", "contextvars", "copy", "cProfile", "csv", "ctypes", "dataclasses"),
+    *("datetime", "decimal", "difflib", "enum"),
+    *(
+        "errno",
+        "faulthandler",
+        "fcntl",
+        "fractions",
+        "functools",
+        "gc",
+        "getpass",
+        "glob",
+        "gzip",
+        "hashlib",
+        "heapq",
+        "html",
+    ),
     *("importlib", "inspect", "io", "itertools", "json", "linecache", "locale", "logging", "lzma", "math", "mmap"),
-    *("multiprocessing", "numbers", "operator", "os", "pathlib", "pickle", "platform", "pprint", "queue", "random"),
+    *(
+        "multiprocessing",
+        "numbers",
+        "operator",
+        "os",
+        "pathlib",
+        "pickle",
+        "platform",
+        "pprint",
+        "pstats",
+        "queue",
+        "random",
+    ),
     *("re", "resource", "secrets", "select", "shlex", "shutil", "signal", "stat", "statistics", "string", "struct"),
     *("subprocess", "sys", "sysconfig", "tempfile", "textwrap", "threading", "time", "timeit", "tokenize", "traceback"),
-    *("types", "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib"),
+    *("tarfile", "types", "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zipfile", "zlib"),
 }
 
 # Builtins that run text as code. Attributes of these names, as in torch.compile, are something else.
@@ -94,9 +114,9 @@ def find_faults(data: bytes) -> SourceFaults:
     """Everything that is wrong with a script. ValueError if it cannot be read as Python, or is too long to be read."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has {len(data)} bytes, and at most {MAX_BYTES} can be read")
-    source = data.decode()
+    source = data.decode("utf-8-sig")
     coding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    if coding != "utf-8":
+    if codecs.lookup(coding.removesuffix("-sig")).name != "utf-8":
         raise ValueError(f"it declares the coding {coding!r}, in which a comment may be code: use UTF-8")
     n_words = sum(1 for _ in re.finditer(r"\w+|[^\w\s]", source))
     if n_words > MAX_WORDS:
@@ -147,9 +167,14 @@ def import_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
 
 def code_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """Uses of what runs text, or data, as code."""
+    from_torch = set()  # names such as compile that mean something else here
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch":
+            from_torch |= {alias.name for alias in node.names if alias.asname is None}
+
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            if node.id in CODE_BUILTINS | CODE_NAMES:
+            if node.id in (CODE_BUILTINS | CODE_NAMES) - from_torch:
                 yield node.lineno, f"uses {node.id}, which runs text as code"
         elif isinstance(node, ast.Attribute):
             if node.attr in CODE_NAMES | {"__import__"}:
@@ -161,16 +186,34 @@ def code_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
                 if alias.name in CODE_NAMES or (node.module == "pickle" and alias.name in UNPICKLING):
                     yield node.lineno, f"imports {alias.name}, which leads to code that is not on the page"
         elif isinstance(node, ast.Call) and called_name(node) in ("getattr", "attrgetter", "methodcaller"):
-            yield from hidden_names(node.lineno, node.args)
-        elif isinstance(node, ast.Subscript):
-            yield from hidden_names(node.lineno, [node.slice])
+            yield from hidden_names(node.lineno, node.args, is_about_torch=is_of_torch(node.args[:1]))
+        elif isinstance(node, ast.Subscript) and is_namespace(node.value):
+            yield from hidden_names(node.lineno, [node.slice], is_about_torch=False)
 
 
-def hidden_names(line: int, nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
+def hidden_names(line: int, nodes: list[ast.expr], is_about_torch: bool) -> Iterator[tuple[int, str]]:
     """Names of code that are written as texts, as in getattr(module, "exec")."""
+    names = CODE_BUILTINS | CODE_NAMES
+    if is_about_torch:
+        names -= {"compile"}
     for node in nodes:
-        if isinstance(node, ast.Constant) and node.value in CODE_BUILTINS | CODE_NAMES:
+        if isinstance(node, ast.Constant) and node.value in names:
             yield line, f"reaches {node.value} by its name in a text"
+
+
+def is_of_torch(nodes: list[ast.expr]) -> bool:
+    """Whether the first node is torch, or a part of it."""
+    node = nodes[0] if nodes else None
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "torch"
+
+
+def is_namespace(node: ast.expr) -> bool:
+    """Whether an expression is a dictionary of a module's names: globals(), vars(...), sys.modules, or a __dict__."""
+    if isinstance(node, ast.Call):
+        return called_name(node) in ("globals", "locals", "vars")
+    return isinstance(node, ast.Attribute) and node.attr in ("__dict__", "modules")
 
 
 def literal_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
@@ -201,7 +244,7 @@ def number_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex)):
             n_numbers += 1
-            if isinstance(node.value, int) and abs(node.value) >= 2**64:
+            if isinstance(node.value, int) and abs(node.value) > 2**64:
                 yield node.lineno, "has a number of more than 64 bits: data belong in the artifact"
         elif isinstance(node, (ast.List, ast.Tuple, ast.Set)) and len(node.elts) > MAX_ELEMENTS:
             yield node.lineno, f"writes out a list of {len(node.elts)} elements: data belong in the artifact"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import difflib
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +27,8 @@ import os
 import platform
 import re
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ import numpy as np
 from record import (
     FOLDER_NAME,
     PER_RUN,
+    ROOT,
     Check,
     Review,
     RunLog,
@@ -72,7 +75,11 @@ MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".
 DATA_FILE = re.compile(r"fineweb_val_(bytes_)?\d{6}\.bin|manifest\.json|tokenizer\.model")
 SHARD_HEADER_BYTES = 1024  # uint16 values follow it (data/shards.py)
 MAX_TOKENIZER_BYTES = 2**22
+MAX_HASHED_BYTES = 2**28  # of an artifact where the track has no limit, and of all shards in a record
 MAX_SIGNED_INTERVAL = 0.01  # bits per byte, half width at 95 % of the score in a review
+SAME_SCORE = 0.0005  # bits per byte, by which a score may differ when it is computed again (tools/judge.py)
+SAME_TRAINING = 0.05  # bits per byte, by which it may differ when the model is trained again on another machine
+LEAST_BPB = 0.1  # English takes 0.6 to 1.3 bits per letter to those who know it best (Shannon 1951)
 
 # What the log of a run has to print, besides the seconds of every phase.
 LOGGED_KEYS = {
@@ -135,13 +142,25 @@ def check_schema(submission: Submission) -> Check:
         problems.append(f"schema_version is {submission.schema_version}, not 1")
     if fault := day_fault(submission.date):
         problems.append(f"the date {submission.date!r:.40} {fault}")
+    if not re.fullmatch(r"unknown|[0-9a-f]{64}", submission.val_text_sha256):
+        problems.append(f"val_text_sha256 {submission.val_text_sha256!r:.80} is neither a sha256 nor unknown")
+    if not re.fullmatch(r"[!-~]+( [!-~]+)*", submission.hardware) or submission.hardware.endswith("_"):
+        problems.append(f"the hardware {submission.hardware!r:.80} is not a name in ASCII")
+    for name in ("model_params", "train_tokens", "val_tokens", "val_documents", "val_bytes"):
+        if getattr(submission, name) <= 0:
+            problems.append(f"{name} is {getattr(submission, name)}, not above 0")
+    for seed, result in submission.seed_results.items():
+        if result.steps < 0:
+            problems.append(f"seed {seed}: {result.steps} steps")
+        if result.val_bpb < LEAST_BPB:
+            problems.append(f"seed {seed}: val_bpb {result.val_bpb:g} is below {LEAST_BPB}, which no text allows")
     newest = newest_judge_version()
     if not 1 <= submission.judge_version <= newest:
         problems.append(f"judge_version {submission.judge_version} is not from 1 to {newest}")
     summary = f"submission.json has schema version 1, scored by judge {submission.judge_version}"
     if submission.judge_version < newest:
         summary += f"; the rules have changed since, the newest are those of judge {newest}"
-    return verdict("schema", problems, summary)
+    return verdict("schema", problems[:MAX_PROBLEMS], summary)
 
 
 def check_files(folder: Path) -> Check:
@@ -220,9 +239,12 @@ def check_track(folder: Path, submission: Submission) -> Check:
         if name not in submission.benchmarks:
             problems.append(f"benchmark {name} is missing")
 
-    if track.text and not text_named(track.text).has_size(submission.val_documents, submission.val_bytes):
-        scored = f"{submission.val_documents} documents of {submission.val_bytes} bytes"
-        problems.append(f"it was scored on {scored}, not on {track.text}")
+    known = known_text(submission.val_documents, submission.val_text_sha256)
+    if track.text:
+        has_size = text_named(track.text).has_size(submission.val_documents, submission.val_bytes)
+        if not has_size or (known is not None and known.name != track.text):
+            scored = f"{submission.val_documents} documents of {submission.val_bytes} bytes"
+            problems.append(f"it was scored on {known.name if known else scored}, not on {track.text}")
     if track.target_val_bpb:
         p = below(track.target_val_bpb, submission.values("val_bpb"))
         if p >= track.p_value:
@@ -271,6 +293,9 @@ def check_summary(folder: Path, submission: Submission, runs: Mapping[str, Any])
 
     claims = dataclasses.asdict(submission)
     problems = []
+    last_day = max(str(run["date"])[:10] for run in runs.values())
+    if submission.date < last_day:
+        problems.append(f"the date is {submission.date}, and its last run was made on {last_day}")
     for key, value in dataclasses.asdict(derived).items():
         if key != "benchmarks" and not same(value, claims[key]):
             problems.append(f"{key} is {claims[key]!r:.60}, from its runs follows {value!r:.60}")
@@ -389,6 +414,9 @@ def check_bytes(folder: Path, submission: Submission) -> Check:
     artifact = artifact_path(folder)
     if artifact is None:
         owner = "no artifact is in the folder"
+    elif fault := size_fault(artifact, limit or MAX_HASHED_BYTES):
+        owner = ""
+        problems.append(fault)
     else:
         seed = seed_of(submission, artifact)
         owner = f"{artifact.name} is that of seed {seed}"
@@ -398,13 +426,30 @@ def check_bytes(folder: Path, submission: Submission) -> Check:
     return verdict("bytes", problems[:MAX_PROBLEMS], f"at most {submission.bytes_total} of {allowed} bytes; {owner}")
 
 
+def size_fault(path: Path, max_bytes: int) -> str:
+    """Why a file takes too long to read, or holds less than its size says; empty if neither is so."""
+    status = path.lstat()
+    if status.st_size > max_bytes:
+        return f"{path.name} has {status.st_size} bytes, at most {max_bytes} are read"
+    blocks = getattr(status, "st_blocks", None)  # of 512 bytes; Windows has none
+    if blocks is not None and status.st_size > 2**20 and 512 * blocks < status.st_size // 2:
+        return f"{path.name} has {status.st_size} bytes and is mostly empty on the disk"
+    return ""
+
+
+@functools.lru_cache(maxsize=8)
+def sha256_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(path)
+
+
 def seed_of(submission: Submission, artifact: Path) -> str:
     """The seed whose run wrote the artifact, or an empty text."""
     n_bytes = artifact.stat().st_size
     candidates = [seed for seed, result in submission.seed_results.items() if result.bytes_artifact == n_bytes]
-    if not candidates or artifact.is_symlink() or not artifact.is_file():
+    if not candidates or artifact.is_symlink() or not artifact.is_file() or size_fault(artifact, MAX_HASHED_BYTES):
         return ""
-    found = file_sha256(artifact)
+    status = artifact.stat()
+    found = sha256_of(artifact, status.st_size, status.st_mtime_ns)
     return next((seed for seed in candidates if submission.seed_results[seed].artifact_sha256 == found), "")
 
 
@@ -427,6 +472,8 @@ def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
         ledger = result.ledger_seconds
         curve = logs[seed].train_curve + logs[seed].val_curve
         times = [seconds for _, seconds, _ in curve if not math.isnan(seconds)]
+        if result.steps and not times:
+            problems.append(f"seed {seed}: the log has no time of any step")
         if times and max(times) > ledger.get("train", 0.0) + 0.5:
             problems.append(f"seed {seed}: the log trains for {max(times):.1f} s, the ledger for {ledger.get('train')}")
         if min(ledger.values(), default=0.0) < 0:
@@ -485,22 +532,46 @@ def check_data(folder: Path, submission: Submission) -> Check:
     if sidecars:
         found["byte counts"] = n_sidecar_bytes / 2 if n_sidecar_bytes % 2 else n_sidecar_bytes // 2
     claimed = {"val_tokens": submission.val_tokens, "byte counts": submission.val_tokens}
+    problems = [fault for path in [*shards, *sidecars] if (fault := size_fault(path, MAX_HASHED_BYTES))]
     # Files of other sizes than the record says are not read.
-    if all(value == claimed[name] for name, value in found.items()):
+    if not problems and all(value == claimed[name] for name, value in found.items()):
         found["val_shards_sha256"] = shard_sha256(shards)
         if sidecars:
             found["val_bytes"] = sidecar_bytes(sidecars)
     tokenizer = data / "tokenizer.model"
     found["tokenizer_sha256"] = "missing"
     if tokenizer.is_file():
-        found["tokenizer_sha256"] = sha256(read_file(tokenizer, MAX_TOKENIZER_BYTES))
+        model = read_file(tokenizer, MAX_TOKENIZER_BYTES)
+        found["tokenizer_sha256"] = sha256(model)
+        problems += tokenizer_faults(model, submission)
 
-    problems = []
     for name, value in found.items():
         claim = claimed.get(name, getattr(submission, name, None))
         if value != claim:
             problems.append(f"{name} of data/ is {value}, not {claim}")
-    return verdict("data", problems, "the shards and the tokenizer in data/ are those that were scored")
+    return verdict("data", problems[:MAX_PROBLEMS], "the shards and the tokenizer in data/ are those that were scored")
+
+
+def tokenizer_faults(model: bytes, submission: Submission) -> list[str]:
+    """What is wrong with a tokenizer by its file alone: rules that write text, or a claim to lose nothing that it does.
+
+    Whether it really gives back the text, only --rescore finds out.
+    """
+    # Imported only here, because few records bring their data.
+    sys.path.append(str(ROOT / "data"))
+    from model_file import CHARACTER_MAP, parse_model, rule_faults
+
+    try:
+        parsed = parse_model(model)
+    except ValueError as error:
+        return [f"tokenizer.model is not a SentencePiece model: {error!s:.120}"]
+    problems = [f"tokenizer.model: {fault}" for fault in rule_faults(parsed)]
+    if submission.tokenizer_lossless is True and any(parsed.normalizer.get(CHARACTER_MAP, [])):
+        problems.append(
+            "tokenizer.model rewrites characters, and the record says that it loses nothing: export the text with a "
+            "tokenizer that was trained with normalization_rule_name=identity"
+        )
+    return problems
 
 
 def shard_sha256(shards: Sequence[Path]) -> str:
@@ -532,7 +603,8 @@ def check_lineage(folder: Path, submission: Submission) -> Check:
     if not submission.base:
         return Check("lineage", True, "it names no base")
     base = folder.parents[1] / submission.base
-    if not re.fullmatch(r"track_\w+/[^/]+", submission.base) or not script_path(base).is_file():
+    is_another = base.resolve() != folder.resolve()
+    if not re.fullmatch(r"track_\w+/[^/]+", submission.base) or not is_another or not script_path(base).is_file():
         return Check("lineage", False, f"there is no record {submission.base!r}: name the base as <track>/<folder>")
     try:
         old_settings = load_submission(base).settings
@@ -541,11 +613,11 @@ def check_lineage(folder: Path, submission: Submission) -> Check:
     except ValueError as error:
         return Check("lineage", False, f"base {submission.base}: {error}")
 
-    n_added = 0
-    n_removed = 0
-    for line in difflib.unified_diff(old_lines, new_lines, n=0, lineterm=""):
-        n_added += line.startswith("+") and not line.startswith("+++")
-        n_removed += line.startswith("-") and not line.startswith("---")
+    # Lines are counted wherever they stand, which takes no time however the scripts look.
+    old = Counter(old_lines)
+    new = Counter(new_lines)
+    n_added = (new - old).total()
+    n_removed = (old - new).total()
 
     changes = []
     for name in sorted(old_settings.keys() | submission.settings.keys()):
@@ -562,14 +634,48 @@ def check_reviews(folder: Path, submission: Submission) -> Check:
         reviews = load_reviews(folder)
     except ValueError as error:
         return Check("reviews", False, str(error))
-    author_names = {submission.author.casefold(), submission.github_id.casefold()}
+    author_names = {letters_of(submission.author), letters_of(submission.github_id)}
     problems = []
     for review in reviews:
-        if review.kind != "disputed" and review.reviewer.casefold() in author_names:
-            problems.append(f"{review.date}: {review.kind} by its author")
+        where = f"{review.kind} on {review.date!r:.40}"
+        if not letters_of(review.reviewer):
+            problems.append(f"{where} by nobody: {review.reviewer!a:.40}")
+        if review.kind != "disputed" and letters_of(review.reviewer) in author_names:
+            problems.append(f"{where} by its author")
         if fault := day_fault(review.date):
             problems.append(f"a review has the date {review.date!r:.40}, which {fault}")
+        if review.seed and review.seed not in submission.seed_results:
+            problems.append(f"{where} of seed {review.seed!r:.40}, which the record does not have")
+        if review.kind in ("rescored", "reproduced"):
+            problems += [f"{where}: {fault}" for fault in confirmation_faults(review, submission)]
     return verdict("reviews", problems[:MAX_PROBLEMS], f"{len(reviews)}, none of them by the author")
+
+
+def letters_of(name: str) -> str:
+    """A name as people read it, without case, blanks, signs and characters that nobody sees."""
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+
+
+def confirmation_faults(review: Review, submission: Submission) -> list[str]:
+    """Why a review does not confirm what the record says of its seed; empty if it does, or is of other code."""
+    result = submission.seed_results.get(review.seed)
+    if result is None or review.code_sha256 != submission.code_sha256:
+        return []
+    found = []
+    if review.val_bpb is None:
+        return ["it names no val_bpb"]
+    interval = review.val_bpb_interval or 0.0
+    tolerance = (SAME_SCORE if review.kind == "rescored" else SAME_TRAINING) + interval
+    if not 0 <= interval <= MAX_SIGNED_INTERVAL:
+        found.append(f"its score is known to +- {interval:g} only")
+    if abs(review.val_bpb - result.val_bpb) > tolerance:
+        found.append(f"val_bpb {review.val_bpb:.4f}, the record says {result.val_bpb:.4f}")
+    judge_version = review.judge_version or 0
+    if not submission.judge_version <= judge_version <= newest_judge_version():
+        found.append(f"by judge {review.judge_version}, the record was scored by judge {submission.judge_version}")
+    if review.kind == "rescored" and review.artifact_sha256 != result.artifact_sha256:
+        found.append("of another artifact than its run wrote")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

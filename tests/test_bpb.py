@@ -590,7 +590,7 @@ def test_file_that_is_no_tokenizer_is_refused_by_name(data, tmp_path):
     [
         "[" * 100_000,
         '{"splits": {"val": {"text_sha256": "a", "files": []}}, "tokenizer": {"sha256": "b", "lossless": true}}',
-        '{"splits": {"val": {"text_sha256": "x\\nval_loss:0", "files": {}}}, "tokenizer": {"sha256": "b", "lossless": 1}}',
+        '{"splits": {"val": {"text_sha256": "x\\nx:0", "files": {}}}, "tokenizer": {"sha256": "b", "lossless": 1}}',
         '{"splits": {"val": {"text_sha256": "unknown", "files": {}}}, "tokenizer": {"sha256": "b", "lossless": "x"}}',
     ],
     ids=["nested", "a list", "two lines", "no truth value"],

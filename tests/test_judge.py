@@ -238,6 +238,29 @@ def test_telling_the_scored_process_which_places_were_asked_does_not_help(
     assert "causal" in failed(checks)
 
 
+def test_unseen_text_is_judged_like_the_scored_one(record_config, data, text):
+    """A record that knows the scored text could look ahead on any other, and make the two look equally easy."""
+    config = dataclasses.replace(record_config, vocab_size=320, eval_seq_len=64)
+
+    def looks_ahead(ids: torch.Tensor) -> torch.Tensor:
+        answer = torch.zeros(*ids.shape, 320)
+        return answer.scatter_(2, ids.roll(-1, 1)[..., None], 4.0)
+
+    split = tg.ValSplit(data.val, data.val_bytes, {})
+    scores, failures = judged_fixed(config, split, lambda ids: torch.zeros(*ids.shape, 320))
+    assert failures == set()
+    unseen = options(unseen=text.parent / "unseen")
+    unseen = dataclasses.replace(unseen, tokenizer=text / "tokenizer.model")
+    for logits, ok in ((lambda ids: torch.zeros(*ids.shape, 320), True), (looks_ahead, False)):
+
+        def start(logits=logits) -> InProcess:
+            return InProcess(config, logits)
+
+        check = judge.check_unseen(start, judge.judge_fixed, scores, unseen, np.random.default_rng(0))
+        assert check.ok is ok
+        assert ok or "causal" in check.reason
+
+
 class Adaptive:
     """Stands where a judge.RecordProcess of class B would. It knows a chunk as soon as any process has seen it."""
 
@@ -765,11 +788,9 @@ def checks_of_text(
     return judge.check_bytes_of_text(split, tokenizer, documents, 1, submission, data_is_own=True)
 
 
-@pytest.fixture(scope="module")
-def lossy_text(tmp_path_factory, documents) -> Path:
-    """Shards whose tokenizer knows the letters a to m only, with the documents beside them."""
-    folder = tmp_path_factory.mktemp("lossy")
-    known = ["".join(c for c in text if c < "n") for text in documents]
+def lossy_export(folder: Path, documents: list[str], last: str) -> Path:
+    """Shards whose tokenizer knows the characters up to `last` only, with the documents beside them."""
+    known = ["".join(c for c in text if c <= last) for text in documents]
     trained = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(known), model_writer=trained, model_type="bpe", vocab_size=40, minloglevel=2
@@ -783,6 +804,39 @@ def lossy_text(tmp_path_factory, documents) -> Path:
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     shutil.copyfile(folder / "some.model", folder / "datasets" / "text" / "tokenizer.model")
     return folder / "datasets" / "text"
+
+
+@pytest.fixture(scope="module")
+def lossy_text(tmp_path_factory, documents) -> Path:
+    """A tokenizer that does not know w, y and z."""
+    return lossy_export(tmp_path_factory.mktemp("lossy"), documents, "v")
+
+
+def test_a_text_of_which_much_is_lost_is_not_scored(tmp_path, documents, claims):
+    """Who chooses what is lost could lose all that is hard to predict, and be scored on the rest."""
+    folder = lossy_export(tmp_path, documents, "m")
+    assert failed(checks_of_text(folder, claims, tmp_path / "val.jsonl")) == {"bytes_of_text"}
+
+
+def test_another_way_to_cut_a_lossless_text_is_refused(text, claims, tmp_path):
+    """It gives the same text back, but the pieces could be those that the model finds easiest."""
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    sp = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    shard = folder / "fineweb_val_000000.bin"
+    sidecar = folder / "fineweb_val_bytes_000000.bin"
+    ids = np.array(read_shard(shard))
+    n_bytes = np.array(read_shard(sidecar))
+    # One piece of two bytes or more is spelt with the pieces of its bytes.
+    place = next(i for i in range(1, len(ids)) if n_bytes[i] > 1 and sp.id_to_piece(int(ids[i])).isascii())
+    spelt = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in sp.id_to_piece(int(ids[place])).encode()]
+    write_shard(shard, np.concatenate((ids[:place], spelt, ids[place + 1 :])).astype(np.uint16))
+    write_shard(sidecar, np.concatenate((n_bytes[:place], [1] * len(spelt), n_bytes[place + 1 :])).astype(np.uint16))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for path in (shard, sidecar):
+        manifest["splits"]["val"]["files"][path.name] = record.sha256(path.read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert failed(checks_of_text(folder, claims)) == {"bytes_of_text"}
 
 
 def test_the_judge_decodes_a_lossless_text(text, claims):

@@ -26,8 +26,8 @@ the token at a place, or anything that follows, before the blind one has answere
 
 A record that answers honestly while it is asked and knows more while it is scored gives other distributions. The same
 channel could tell the scored process, the other way round, which places were asked, so that it cheats at all others.
-So some more places, which no process was asked about before, are asked after they were scored. To pass both times, a
-record has to carry the places one way and the text the other way, through a sandbox that refuses every channel that we
+So as many places again, which no process was asked about before, are asked after they were scored. To pass both times
+a record has to carry the places one way and the text the other way, through a sandbox that refuses all channels that we
 know of. Where a leak would pay most is not taken from the record's answers but estimated by a bigram model of the text.
 
 What this cannot see is knowledge that lies in the artifact, the script or the tokenizer from the beginning: for this
@@ -48,7 +48,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import re
@@ -57,6 +56,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +95,9 @@ BATCH_TOKENS = 524_288  # per forward pass, at most
 LEAK_RATE = 1000
 POWER = 0.99
 COSTLY_SHARE = 0.1
-# Of the number of places drawn at random: so many more are asked only after they were scored.
-LATE_SHARE = 0.1
+# Of the number of places drawn at random: so many more are asked only after they were scored. As many, so that the
+# promise holds against both directions: the blind process cannot help the scored one, nor the other way round.
+LATE_SHARE = 1.0
 # Tokens that all questions may cost together: so many, or so many times the tokens of the text if those are more.
 MAX_QUESTION_TOKENS = 2**26
 MAX_QUESTION_TEXTS = 4
@@ -131,6 +132,7 @@ FREE_VOCABULARY_BYTES = 2**16  # the largest published tokenizer, of 8192 pieces
 MAX_ONCE_PER_NEVER = 2
 FREE_ONCE = 64
 MAX_ONCE_SHARE = 0.5  # of the bytes of the text
+MIN_GIVEN_BACK = 0.9  # of the bytes of the text, by a lossy tokenizer
 # Lines of the text that also stand in the standard library; shorter ones are not counted.
 MAX_LIBRARY_SHARE = 0.1
 MIN_LINE_CHARACTERS = 20
@@ -167,7 +169,12 @@ class RecordProcess:
     config: tg.GPTConfig  # of the artifact; only SCORING_FIELDS are set
 
     def __init__(
-        self, process: Sandboxed, errors: IO[bytes], answer_seconds: float, violations: dict[str, str]
+        self,
+        process: Sandboxed,
+        errors: IO[bytes],
+        answer_seconds: float,
+        violations: dict[str, str],
+        until: float = math.inf,
     ) -> None:
         self.process = process
         self.requests = cast(IO[bytes], process.popen.stdin)
@@ -175,6 +182,7 @@ class RecordProcess:
         self.errors = errors
         self.answer_seconds = answer_seconds
         self.violations = violations
+        self.until = until
 
     @classmethod
     def start(
@@ -185,10 +193,12 @@ class RecordProcess:
         limits: Limits,
         answer_seconds: float,
         violations: dict[str, str],
+        until: float = math.inf,
     ) -> RecordProcess:
         """Start the process and wait until it has loaded the artifact. RecordError if it does not.
 
         answer_seconds   how long any answer may take
+        until            when all of them have to be there, in seconds of time.monotonic()
         violations       is filled with what the code does besides answering: the first case by the name of the check
                          that it fails, shared by all processes of a record
         """
@@ -209,7 +219,7 @@ class RecordProcess:
             stdout=subprocess.PIPE,
             stderr=errors,
         )
-        started = cls(process, errors, answer_seconds, violations)
+        started = cls(process, errors, answer_seconds, violations, until)
         try:
             started.config = started.receive_config()
         except BaseException:
@@ -239,12 +249,15 @@ class RecordProcess:
             expired.set()
             self.process.kill()
 
-        timer = threading.Timer(self.answer_seconds, expire)
+        seconds = min(self.answer_seconds, max(0.0, self.until - time.monotonic()))
+        timer = threading.Timer(seconds, expire)
         timer.start()
         try:
             yield
         except (EOFError, ValueError, RecursionError, OSError) as error:
             if expired.is_set():
+                if seconds < self.answer_seconds:
+                    raise RecordError("time", "judging takes too long in all: raise --total-timeout") from None
                 raise RecordError("time", f"there was no answer within {self.answer_seconds:g} s") from None
             reason = self.last_error_line() or repr(error)
             raise RecordError(check, f"its process ended or broke the protocol: {reason}") from None
@@ -316,9 +329,9 @@ class RecordProcess:
             raise RecordError("run", f"{do} returned shape {header.get('shape')}, not {shape}")
 
         values = torch.frombuffer(bytearray(payload), dtype=torch.float32).view(shape)
-        # Logits have to be finite. Of log-probabilities, minus infinity is a probability of 0.
-        finite = values if do == "logits" else values.exp()
-        if not bool(torch.isfinite(finite).all()):
+        # Minus infinity is a probability of 0, which some give to pieces that never occur.
+        largest = values.amax(-1) if do == "logits" else values.exp()
+        if bool(values.isnan().any()) or not bool(torch.isfinite(largest).all()):
             raise RecordError("normalised", f"{do} returned values that are not finite")
         return values
 
@@ -429,8 +442,8 @@ def check_bytes_of_text(
     """Whether the byte counts of the data are those that the tokens give back, document by document.
 
     Neither the byte counts nor what the manifest says of the tokenizer is believed. A tokenizer is lossless if the
-    decoded tokens have the sha256 of the scored text. With any other one the documents themselves are needed: their
-    tokens, and the bytes that each token gives back, are made again and compared.
+    decoded tokens have the sha256 of the scored text. With any other one the documents themselves are needed, of which
+    nearly all has to be given back. The tokens, and the bytes that each token gives back, are made again and compared.
     """
     name = "bytes_of_text"
     if split.identity["val_accounting"] == "pieces":
@@ -455,7 +468,6 @@ def check_bytes_of_text(
     checks = [check_lossless(is_lossless, submission)]
     if is_lossless:
         texts = decoded
-        expected = np.array([len(text.encode()) for text in texts])
     elif documents is None:
         reason = "the decoded tokens are not the text that was scored: name its documents with --documents"
         return [*checks, Check(name, False, reason)]
@@ -464,16 +476,23 @@ def check_bytes_of_text(
         if text_sha256(texts) != claimed_sha256:
             reason = f"{documents} has sha256 {text_sha256(texts)}, the data name {claimed_sha256}"
             return [*checks, Check(name, False, reason)]
-        encoded = [decoder.encode_with_bytes(text) for text in texts]
-        same_tokens = len(encoded) == len(tokens) and all(
-            np.array_equal(ids, found) for ids, (found, _) in zip(tokens, encoded, strict=True)
-        )
-        if not same_tokens:
-            reason = f"the tokens are not those that {tokenizer.name} makes of {documents}: export the data again"
-            return [*checks, Check(name, False, reason)]
-        expected = np.array([n_bytes.sum() for _, n_bytes in encoded])
 
-    found = f"the tokens give back {expected.sum()} bytes in {len(expected)} documents"
+    # Another way to cut the same text into pieces could be one that the model finds easier, which is no tokenizer.
+    encoded = [decoder.encode_with_bytes(text) for text in texts]
+    same_tokens = len(encoded) == len(tokens) and all(
+        np.array_equal(ids, found) for ids, (found, _) in zip(tokens, encoded, strict=True)
+    )
+    if not same_tokens:
+        reason = f"the tokens are not those that {tokenizer.name} makes of the text: export the data again"
+        return [*checks, Check(name, False, reason)]
+    expected = np.array([n_bytes.sum() for _, n_bytes in encoded])
+
+    n_bytes_of_text = sum(len(text.encode()) for text in texts)
+    found = f"the tokens give back {expected.sum()} of {n_bytes_of_text} bytes in {len(expected)} documents"
+    if expected.sum() < MIN_GIVEN_BACK * n_bytes_of_text:
+        # What is left out need not be predicted. So whoever chose it could leave out all that is hard.
+        reason = f"{found}, and a score needs {MIN_GIVEN_BACK:.0%}: export the text with another tokenizer"
+        return [*checks, Check(name, False, reason)]
     if not np.array_equal(expected, counted):
         return [*checks, Check(name, False, f"{found}, the data count {counted.sum()} in {len(counted)}")]
     checks.append(Check(name, True, f"{found}, as counted"))
@@ -1033,7 +1052,6 @@ def judge_fixed(
 
     with start() as process:
         scores = score_fixed(process, split, sample, rng, compare)
-        unseen = [check_unseen(process, False, scores, options, rng)] if options.unseen else []
     if late_places:
         with start() as afterwards:
             late_expected = ask_blind(afterwards, late_places, in_turns(late_places), ids)
@@ -1049,22 +1067,28 @@ def judge_fixed(
         for i, answer in alone.items():
             with_documents.compare(places[i].target, True, expected[i], answer)
         checks.append(check_same_answers("documents", "the documents before", with_documents, MOST_ROUNDING))
-    return scores, [*checks, *unseen]
+    return scores, checks
 
 
 def check_unseen(
-    process: RecordProcess, adapts: bool, scores: UnitScores, options: Options, rng: np.random.Generator
+    start: Callable[[], RecordProcess],
+    judge_class: JudgeOfClass,
+    scores: UnitScores,
+    options: Options,
+    rng: np.random.Generator,
 ) -> Check:
     """Whether the scored text is about as hard as another one of its source. A model trained on it finds it easier.
 
-    A process of class B must not have observed anything yet.
+    The other text is judged in the same way, blind process and all: a record that looks ahead only there would make it
+    look as easy as the text that it knows.
     """
     assert options.unseen is not None
-    split = load_split(options.unseen, options.tokenizer, process.config)
-    if adapts:
-        other = score_adaptive(process, None, split, options.sample, rng).scores
-    else:
-        other = score_fixed(process, split, sample_windows(split, process.config, options.sample, rng), rng)
+    with start() as blind:
+        split = load_split(options.unseen, options.tokenizer, blind.config)
+        other, checks = judge_class(blind, start, split, options, rng)
+    failed = [f"{check.name}: {check.reason}" for check in checks if not check.ok]
+    if failed:
+        return Check("unseen", False, f"{options.unseen.name}, the other text: {'; '.join(failed)}")
     gap = other.bpb - scores.bpb
     chance = allowed_by_chance(math.hypot(other.error_of_source, scores.error_of_source), min(other.n, scores.n))
     reason = (
@@ -1090,23 +1114,21 @@ class AdaptivePass(NamedTuple):
 
 
 def score_adaptive(
-    process: RecordProcess, twin: RecordProcess | None, split: tg.ValSplit, documents: int, rng: np.random.Generator
+    process: RecordProcess, twin: RecordProcess, split: tg.ValSplit, documents: int, rng: np.random.Generator
 ) -> AdaptivePass:
     """Predict, score, then observe, chunk by chunk through the split, or its first `documents`.
 
     `twin` is the blind process, which observes the same. Before `process` is shown a chunk, the twin is asked about
     places in it, from left to right, with copies in which older text replaces everything from the place on; about the
-    late ones afterwards. Without a twin nothing is asked.
+    late ones afterwards.
     """
     ids = split.ids.astype(np.int64)
     size = process.config.eval_seq_len
     starts = np.flatnonzero(ids == process.config.bos_id)
     end = int(starts[documents]) + 1 if 0 < documents < len(starts) else len(ids)
     chunks = [(begin, min(begin + size, end)) for begin in range(1, end, size)]
-    drawn = Drawn(np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, bool))
-    if twin is not None:
-        drawn = draw_positions(ids, np.arange(1, end), rng)
-        require_affordable(len(drawn.positions), min(size, end), len(ids))
+    drawn = draw_positions(ids, np.arange(1, end), rng)
+    require_affordable(len(drawn.positions), min(size, end), len(ids))
     repeated_chunks = set(rng.choice(len(chunks), min(REPEATED_QUESTIONS, len(chunks)), replace=False).tolist())
 
     nats = np.zeros(end)
@@ -1114,8 +1136,7 @@ def score_adaptive(
     repeated = Answers()
     largest_log_sum = 0.0
     largest_change = 0.0
-    observers = [process] if twin is None else [process, twin]
-    for observer in observers:
+    for observer in (process, twin):
         observer.observe(ids[:1])
 
     for number, (begin, stop) in enumerate(tqdm(chunks, "score", unit=" chunks", disable=None)):
@@ -1125,27 +1146,26 @@ def score_adaptive(
         copies = {i: with_older_text(ids, begin, stop, place, rng) for i, place in places.items()}
         early = [i for i in places if not drawn.is_late[i]]
         late = [i for i in places if drawn.is_late[i]]
-        expected = {i: twin.predict_at(copies[i], places[i]) for i in early} if twin is not None else {}
+        expected = {i: twin.predict_at(copies[i], places[i]) for i in early}
         log_probs = process.predict(chunk)
         log_sums = log_probs.logsumexp(1, keepdim=True)
         largest_log_sum = max(largest_log_sum, float(log_sums.abs().max()))
         log_probs = log_probs - log_sums
         nats[begin:stop] = -log_probs[torch.arange(len(chunk)), torch.from_numpy(chunk)].double().numpy()
-        if twin is not None:
-            expected |= {i: twin.predict_at(copies[i], places[i]) for i in late}
+        expected |= {i: twin.predict_at(copies[i], places[i]) for i in late}
         for i, answer in expected.items():
             is_random = bool(drawn.at_random[i])
             with_future.compare(int(chunk[places[i]]), is_random, log_probs[places[i]], answer)
 
         # The chunk is no secret any more, and has to be predicted as before: by the same process and by the other one.
-        if twin is not None and number in repeated_chunks:
+        if number in repeated_chunks:
             again = process.predict(chunk).softmax(1)
             largest_change = max(largest_change, float((again - log_probs.exp()).abs().max()))
             others = twin.predict(chunk).log_softmax(1)
             for place in rng.permutation(len(chunk))[:REPEATED_QUESTIONS].tolist():
                 repeated.compare(int(chunk[place]), True, log_probs[place], others[place])
 
-        for observer in observers:
+        for observer in (process, twin):
             observer.observe(chunk)
 
     scores = sum_by_document(nats, split, starts)
@@ -1176,9 +1196,6 @@ def judge_adaptive(
         check_repeated(found.repeated),
         Check("side_effects", found.largest_change <= MAX_CHANGE, side_effects),
     ]
-    if options.unseen:
-        with start() as process:
-            checks.append(check_unseen(process, True, found.scores, options, rng))
     return found.scores, checks
 
 
@@ -1228,8 +1245,15 @@ class Options:
     sample: int = 0  # documents to score: at random, or for class B the first ones; 0 means all
     seed: int | None = None  # of the sample and of the secret places; None draws a new one
     answer_seconds: float = 600.0
+    total_seconds: float = 6 * 3600.0  # of all answers together
     memory_bytes: int = 8 * 2**30  # of address space, for each of the record's processes
     without_walls: bool = False  # run the record's code even where the sandbox has no walls
+
+
+JudgeOfClass = Callable[
+    [RecordProcess, Callable[[], RecordProcess], tg.ValSplit, Options, np.random.Generator],
+    tuple[UnitScores, list[Check]],
+]
 
 
 def rescore(
@@ -1249,15 +1273,25 @@ def rescore(
             return [*checks, Check("hidden", False, reason)], None
 
     violations: dict[str, str] = {}
-    start = functools.partial(
-        RecordProcess.start,
-        script,
-        artifact,
-        submission.predictor_class,
-        Limits(memory_bytes=options.memory_bytes),
-        options.answer_seconds,
-        violations,
-    )
+    configs: list[tg.GPTConfig] = []
+    until = time.monotonic() + options.total_seconds
+
+    def start() -> RecordProcess:
+        process = RecordProcess.start(
+            script,
+            artifact,
+            submission.predictor_class,
+            Limits(memory_bytes=options.memory_bytes),
+            options.answer_seconds,
+            violations,
+            until,
+        )
+        configs.append(process.config)
+        if process.config != configs[0]:
+            process.close()
+            raise RecordError("load", "the script says another config each time that it loads the artifact")
+        return process
+
     scores = None
     try:
         # The first process has to be the blind one. For now it only tells what windows the artifact asks for.
@@ -1267,12 +1301,17 @@ def rescore(
             checks += more
             if split is not None:
                 judge_class = judge_fixed if submission.predictor_class == "A" else judge_adaptive
-                scores, more = judge_class(blind, start, split, options, np.random.default_rng(options.seed))
+                rng = np.random.default_rng(options.seed)
+                scores, more = judge_class(blind, start, split, options, rng)
                 checks += more
+                if options.unseen:
+                    checks.append(check_unseen(start, judge_class, scores, options, rng))
     except RecordError as error:
         checks.append(Check(error.check, False, str(error)))
     except JudgeError as error:
         checks.append(Check("judge", False, str(error)))
+    except Exception as error:  # whatever a record makes the judge stumble over is a failure of the record
+        checks.append(Check("run", False, f"it cannot be judged: {error!r:.300}"))
 
     for name, detail in sorted(violations.items()):
         checks.append(Check(name, False, f"the script tried {detail}"))

@@ -138,7 +138,8 @@ def rerun(
             check_training(submission, seed, retrained),
             check_curve(read_text(log_path(folder, seed)), retrained, submission),
         ]
-        more, scores = rescore(script_path(folder), retrained.artifact, submission, options)
+        # The script that scores is the one that trained, without the comments that could hold what training did not.
+        more, scores = rescore(script, retrained.artifact, submission, options)
         checks += more
         if scores is not None:
             checks.append(check_score("rerun", scores, submission.val_bpb, margin, may_be_better=True))

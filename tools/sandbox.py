@@ -57,9 +57,9 @@ PACKAGES = (
     *("typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"),
 )
 
-# Parts of /proc through which processes could tell each other something, or that tell of the machine.
-HIDDEN_FILES = ("keys", "key-users", "locks", "kcore", "kmsg", "timer_list", "sysrq-trigger", "kallsyms", "vmallocinfo")
-HIDDEN_FOLDERS = ("sys", "fs", "irq", "bus", "scsi", "acpi")
+# All that is shown of /proc besides the processes. Counters of the whole machine, such as those in vmstat, would let
+# one process tell another something.
+SHOWN_OF_PROC = {"cpuinfo", "filesystems", "mounts", "net", "self", "thread-self", "version"}
 
 
 class Bind(NamedTuple):
@@ -301,12 +301,13 @@ def mount_proc(folder: str) -> None:
     )
     if mounted.returncode != 0:
         return
-    for name in HIDDEN_FILES:
-        if os.path.exists(f"{folder}/{name}"):
-            run("mount", "--bind", "/dev/null", f"{folder}/{name}")
-    for name in HIDDEN_FOLDERS:
+    for name in sorted(os.listdir(folder)):
+        if name.isdecimal() or name in SHOWN_OF_PROC:
+            continue
         if os.path.isdir(f"{folder}/{name}"):
             mount_memory(f"{folder}/{name}", 0, "ro")
+        elif os.path.exists(f"{folder}/{name}"):
+            run("mount", "--bind", "/dev/null", f"{folder}/{name}")
 
 
 def mount_bind(root: str, outside: str, inside: str, writable: bool) -> None:
@@ -355,6 +356,11 @@ REFUSED_CALLS: dict[str, tuple[int | None, int | None]] = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
+    "mlock": (149, 228),
+    "mlock2": (325, 284),
+    "mlockall": (151, 230),
+    "munlock": (150, 229),
+    "pidfd_open": (434, 434),
     "mincore": (27, 232),
     "cachestat": (451, 451),
     "preadv2": (327, 286),

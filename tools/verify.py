@@ -712,6 +712,7 @@ def verify(args: argparse.Namespace) -> list[Check]:
         sample=args.sample,
         seed=args.seed,
         answer_seconds=args.timeout,
+        total_seconds=args.total_timeout,
         memory_bytes=int(args.memory * 2**30),
         without_walls=args.without_walls,
     )
@@ -777,6 +778,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the sample and of the secret places; default: a new one")
     parser.add_argument("--run-seed", default="", help="seed for --rerun; default: the first of the record")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that an answer may take")
+    parser.add_argument("--total-timeout", type=float, default=21_600.0, help="seconds that all answers may take")
     parser.add_argument("--train-timeout", type=float, help="seconds for --rerun; default: 1800 + twice its own limit")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space for the record's code")
     parser.add_argument(

@@ -132,8 +132,12 @@ DATA = "\n".join(textwrap.wrap(base64.b85encode(random.Random(0).randbytes(60_00
         "import base64\nexec(zlib.decompress(base64.b85decode('" + "A" * 2000 + "')))\n",
     ],
 )
-def test_code_that_is_not_on_the_page_is_refused(honest, tmp_path, code):
-    assert static_failures(honest, tmp_path, code) == {"source"}
+def test_code_that_is_not_on_the_page_is_refused(code):
+    assert source.find_faults(b"import json\nimport sys\nimport zlib\n" + code.encode()).unreadable
+
+
+def test_a_record_with_code_that_is_not_on_the_page_fails(honest, tmp_path):
+    assert static_failures(honest, tmp_path, "exec('x = 1')\n") == {"source"}
 
 
 ORDINARY = """
@@ -585,6 +589,7 @@ HOSTILE = ["key twice in a long JSON", "sparse artifact", "lines for a compariso
 HOSTILE += ["long script", "dense script", "nested script", "sparse JSON", "sparse shard", "long log", "log of one key"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*HOSTILE, "many files", "pipe as artifact", "pipe as log"])
 def test_hostile_files_cost_little_and_fail(copied, name):
     """Seconds of this process, which other processes on the machine do not add to, and memory at its highest."""

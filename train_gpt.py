@@ -10,8 +10,8 @@ allows for code and artifact together, loads the file it wrote and scores that. 
 `final_trellis_ans_roundtrip_exact val_loss:... val_bpb:...`, is the result. A run over the limit saves everything, says
 so and exits with status 3, which torchrun turns into 1.
 
-Settings are environment variables: the fields of GPTConfig and Hyperparameters in upper case. PRESET picks their
-defaults.
+Settings are environment variables or arguments, as in NUM_LAYERS=7 python train_gpt.py or python train_gpt.py
+--num_layers=7: the fields of GPTConfig and Hyperparameters. PRESET picks their defaults, --help lists them.
 
 Writes   ARTIFACT_DIR/final_model.*.ptz   the scored model: a JSON header and compressed weights, never code
          OUT_DIR/<RUN_ID>.txt             the log, as on the screen
@@ -32,6 +32,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -90,42 +91,59 @@ PRESETS = {
 }
 
 
-def setting(default: Any, low: float = 0, high: float = 1e15, choices: Sequence[Any] = ()) -> Any:
-    """A dataclass field with limits: a number from `low` to `high`, or one of `choices`."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+# For --help.
+PRESET_NOTES = {
+    "record": "our full recipe, 35.9 million parameters, for eight H100 in 10 minutes, or one for longer",
+    "baseline": "the published baseline, 17.1 million parameters, for eight H100 in 10 minutes",
+    "smoke": "a first run on any machine, 2.1 million parameters, 90 seconds of training on two CPU cores",
+}
+
+
+def setting(default: Any, help: str, low: float = 0, high: float = 1e15, choices: Sequence[Any] = ()) -> Any:
+    """A dataclass field with a line for --help and with limits: a number from `low` to `high`, or one of `choices`."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """What the weights mean. Stored in the artifact, and enough to rebuild the model and to score it."""
 
-    vocab_size: int = setting(8192, low=1, high=65_536)
-    num_layers: int = setting(11, low=1, high=256)
-    model_dim: int = setting(512, low=2, high=16_384)
-    num_heads: int = setting(8, low=1, high=256)
-    num_kv_heads: int = setting(4, low=1, high=256)  # below num_heads: grouped-query attention
-    mlp_mult: int = setting(4, low=1, high=256)  # hidden width of the MLP / model_dim
-    leaky_relu_slope: float = setting(0.5, high=1)  # slope below 0 of the MLP's activation; 0 means relu
-    rope_base: float = setting(10_000.0, low=1, high=1e12)
-    rope_dims: int = 16  # channels of a head that carry its position; 0 means all
-    logit_softcap: float = setting(30.0, low=1e-3, high=1e6)  # logits stay within +-logit_softcap
-    ln_scale: bool = True  # layer i reads its normalised inputs times 1 / sqrt(i + 1)
-    xsa_last_n: int = setting(11, high=256)  # how many of the last layers use exclusive self attention
-    sparse_attn_gate_enabled: bool = True  # a gate per head and token on the output of attention
-    smear_gate_enabled: bool = True  # a gate adds the previous token's embedding
-    skip_gates_enabled: bool = True  # a gate per channel between the stream and a skip connection
-    num_loops: int = setting(2, high=256)  # extra passes through layers loop_start .. loop_end
-    loop_start: int = setting(3, high=256)
-    loop_end: int = setting(5, high=256)
-    document_masks: bool = True  # attention stays inside a document
+    vocab_size: int = setting(8192, "pieces of the tokenizer", low=1, high=65_536)
+    num_layers: int = setting(11, "layers of the transformer", low=1, high=256)
+    model_dim: int = setting(512, "width of the residual stream", low=2, high=16_384)
+    num_heads: int = setting(8, "heads of attention", low=1, high=256)
+    num_kv_heads: int = setting(
+        4, "heads of keys and values; fewer than NUM_HEADS make grouped-query attention", low=1, high=256
+    )
+    mlp_mult: int = setting(4, "hidden width of the MLP / MODEL_DIM", low=1, high=256)
+    leaky_relu_slope: float = setting(0.5, "slope below 0 of the MLP's activation; 0 means relu", high=1)
+    rope_base: float = setting(
+        10_000.0, "base of the rotary frequencies; larger ones turn more slowly", low=1, high=1e12
+    )
+    rope_dims: int = setting(16, "channels of a head that carry its position; 0 means all")
+    logit_softcap: float = setting(30.0, "logits stay within +- this", low=1e-3, high=1e6)
+    ln_scale: bool = setting(True, "layer i reads its normalised inputs times 1 / sqrt(i + 1)")
+    xsa_last_n: int = setting(11, "how many of the last layers use exclusive self attention", high=256)
+    sparse_attn_gate_enabled: bool = setting(True, "a gate per head and token on the output of attention")
+    smear_gate_enabled: bool = setting(True, "a gate adds the previous token's embedding")
+    skip_gates_enabled: bool = setting(True, "a gate per channel between the stream and a skip connection")
+    num_loops: int = setting(2, "extra passes through layers LOOP_START .. LOOP_END", high=256)
+    loop_start: int = setting(3, "first looped layer, counted from 0", high=256)
+    loop_end: int = setting(5, "last looped layer", high=256)
+    document_masks: bool = setting(True, "attention stays inside a document")
 
-    bos_id: int = 1  # the token that starts every document
-    eval_method: str = setting("document", choices=("document", "flat"))  # see scoring_windows
-    eval_seq_len: int = setting(0, high=2**15)  # context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN
-    eval_stride: int = setting(0, high=2**15)  # targets per further window of a text; 0 means EVAL_SEQ_LEN
-    # The dtype of activations. The run replaces auto by whichever of the other two the hardware is good at.
-    compute_dtype: str = setting("auto", choices=("auto", "bfloat16", "float32"))
-    tokenizer_sha256: str = ""  # set by the run
+    bos_id: int = setting(1, "the token that starts every document")
+    eval_method: str = setting(
+        "document",
+        "windows of the evaluation: document by document, or through the whole split",
+        choices=("document", "flat"),
+    )
+    eval_seq_len: int = setting(0, "context of the evaluation in tokens; 0 means TRAIN_SEQ_LEN", high=2**15)
+    eval_stride: int = setting(0, "targets per further window of a text; 0 means EVAL_SEQ_LEN", high=2**15)
+    compute_dtype: str = setting(
+        "auto", "dtype of activations; auto takes what the hardware is good at", choices=("auto", "bfloat16", "float32")
+    )
+    tokenizer_sha256: str = setting("", "set by the run")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -175,70 +193,80 @@ class Hyperparameters:
     """How the weights are found and where files lie. Logged, but not stored in the artifact."""
 
     # The run and its files
-    preset: str = "record"
-    run_id: str = ""  # empty means a new uuid4
-    seed: int = 1337
-    data_path: str = "./data/datasets/fineweb10B_sp8192"  # holds fineweb_{train,val}_*.bin
-    tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
-    out_dir: str = "logs"
-    artifact_dir: str = "."
-    eval_artifact: str = ""  # score this file and stop
-    max_total_bytes: int = setting(16_000_000, low=1)  # code + artifact
-    compile: str = setting("auto", choices=("auto", "0", "1"))  # auto: if there is CUDA or a C++ compiler
+    preset: str = setting("record", "which set of defaults to use")
+    run_id: str = setting("", "name of the log and the JSON; empty means a new one")
+    seed: int = setting(1337, "of initial values and of the order of the data")
+    data_path: str = setting(
+        "./data/datasets/fineweb10B_sp8192", "folder with fineweb_train_*.bin and fineweb_val_*.bin"
+    )
+    tokenizer_path: str = setting(
+        "./data/tokenizers/fineweb_8192_bpe.model", "the SentencePiece model that the shards were made with"
+    )
+    out_dir: str = setting("logs", "folder for the log and the JSON")
+    artifact_dir: str = setting(".", "folder for the model")
+    eval_artifact: str = setting("", "score this model and stop")
+    max_total_bytes: int = setting(16_000_000, "limit for code and artifact together", low=1)
+    compile: str = setting(
+        "auto", "use torch.compile; auto: if there is CUDA or a C++ compiler", choices=("auto", "0", "1")
+    )
 
     # Batches. A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank
     # works through its share in micro-batches.
-    train_batch_tokens: int = setting(786_432, low=1)
-    train_seq_len: int = setting(2048, low=1, high=2**15)
-    shuffle: bool = True  # sequences of the train split in random order; 0 takes them as they lie
-    micro_batch_tokens: int = 0  # per rank and forward pass; 0 lets the run choose
+    train_batch_tokens: int = setting(786_432, "tokens of a training step, over all processes", low=1)
+    train_seq_len: int = setting(2048, "tokens of a training sequence", low=1, high=2**15)
+    shuffle: bool = setting(True, "sequences of the train split in random order; 0 takes them as they lie")
+    micro_batch_tokens: int = setting(0, "tokens per process and forward pass; 0 lets the run choose")
 
     # Schedule
-    iterations: int = 20_000  # steps, at most
-    max_wallclock_seconds: float = 600.0  # of training; 0 means no limit
-    warmup_steps: int = 2  # steps that compile the model before the clock starts and are undone
-    warmdown_frac: float = setting(0.85, high=1)  # last part of the run, over which the learning rate falls linearly
-    warmdown_iters: int = 0  # the same in steps; above 0 it replaces WARMDOWN_FRAC
-    min_lr: float = setting(0.1, high=1)  # the learning rate never falls below this part of its base value
-    enable_looping_at: float = setting(0.35, high=1)  # part of the run after which layers are looped
+    iterations: int = setting(20_000, "training steps, at most")
+    max_wallclock_seconds: float = setting(600.0, "seconds of training; 0 means no limit")
+    warmup_steps: int = setting(2, "steps that compile the model before the clock starts and are undone")
+    warmdown_frac: float = setting(0.85, "last part of the run, over which the learning rate falls linearly", high=1)
+    warmdown_iters: int = setting(0, "the same in steps; above 0 it replaces WARMDOWN_FRAC")
+    min_lr: float = setting(0.1, "the learning rate never falls below this part of its base value", high=1)
+    enable_looping_at: float = setting(0.35, "part of the run after which layers are looped", high=1)
     ema_decay: float = setting(
-        0.9965, high=0.999999
-    )  # of the averaged weights, per step; they are stored. 0: no average
+        0.9965, "of the averaged weights, which are stored, per step; 0 means no average", high=0.999999
+    )
 
     # Evaluation and log
-    val_batch_size: int = setting(
-        524_288, low=1
-    )  # tokens per forward pass over all ranks, at most; but one row at least
-    val_loss_every: int = 1000  # steps; 0 means only at the end
-    val_max_tokens: int = 0  # score only so many tokens, for a quick look; 0 means all
-    train_log_every: int = setting(200, low=1)  # steps
+    val_batch_size: int = setting(524_288, "tokens per forward pass of the evaluation, over all processes", low=1)
+    val_loss_every: int = setting(1000, "steps between validations; 0 means only at the end")
+    val_max_tokens: int = setting(0, "score only so many tokens, for a quick look; 0 means all")
+    train_log_every: int = setting(200, "steps between lines of the log", low=1)
 
     # Initial values and optimizers
-    tied_embed_init_std: float = setting(0.005, high=1000)
-    qk_gain_init: float = setting(5.0, high=1000)
-    tied_embed_lr: float = setting(0.03, high=1000)
-    matrix_lr: float = setting(0.028, high=1000)
-    scalar_lr: float = setting(0.02, high=100)
-    muon_momentum: float = setting(0.97, high=0.999999)
-    muon_momentum_warmup_start: float = setting(0.92, high=0.999999)
-    muon_momentum_warmup_steps: int = 1500
-    muon_backend_steps: int = setting(5, high=100)  # Newton-Schulz iterations
-    muon_row_normalize: bool = True  # scale the rows of a step to length 1 before orthogonalizing (MuonEq-R)
-    polar_express: bool = True  # each Newton-Schulz iteration has a polynomial of its own
-    muon_wd: float = setting(0.095, high=10)  # weight decay of the matrices, per step and learning rate
-    embed_wd: float = setting(0.085, high=10)  # of the embedding
-    adam_wd: float = setting(0.02, high=10)  # of gains, scales and gates
-    beta1: float = setting(0.9, high=0.999999)
-    beta2: float = setting(0.99, high=0.999999)
-    adam_eps: float = setting(1e-8, low=1e-30, high=1)  # 0 divides by 0 where a gradient is 0
-    grad_clip_norm: float = 0.3  # 0 means no clipping
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the embedding at the start", high=1000)
+    qk_gain_init: float = setting(5.0, "gain of the queries at the start", high=1000)
+    tied_embed_lr: float = setting(0.03, "learning rate of the embedding", high=1000)
+    matrix_lr: float = setting(0.028, "learning rate of the matrices in the layers (Muon)", high=1000)
+    scalar_lr: float = setting(0.02, "learning rate of gains, scales and gates", high=100)
+    muon_momentum: float = setting(0.97, "momentum of Muon", high=0.999999)
+    muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", high=0.999999)
+    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached")
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", high=100)
+    muon_row_normalize: bool = setting(True, "scale the rows of a step to length 1 before orthogonalizing (MuonEq-R)")
+    polar_express: bool = setting(True, "each Newton-Schulz iteration has a polynomial of its own")
+    muon_wd: float = setting(0.095, "weight decay of the matrices, per step and learning rate", high=10)
+    embed_wd: float = setting(0.085, "weight decay of the embedding", high=10)
+    adam_wd: float = setting(0.02, "weight decay of gains, scales and gates", high=10)
+    beta1: float = setting(0.9, "of AdamW, for the mean of the gradients", high=0.999999)
+    beta2: float = setting(0.99, "of AdamW, for the mean of their squares", high=0.999999)
+    adam_eps: float = setting(1e-8, "of AdamW; 0 would divide by 0 where a gradient is 0", low=1e-30, high=1)
+    grad_clip_norm: float = setting(0.3, "longest gradient; 0 means no clipping")
 
     # Artifact. trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the way of the published baseline.
-    codec: str = setting("trellis_ans", choices=("trellis_ans", "int8_zlib"))
-    trellis_states: int = setting(8, choices=(1, 4, 8))  # one state is a uniform quantizer
-    max_weight_bits: float = setting(6.0, low=1, high=8)  # per coded weight, even if MAX_TOTAL_BYTES has room for more
-    gptq_calibration_batches: int = setting(16, low=1, high=1e6)  # steps' worth of training tokens
-    gptq_reserve_seconds: float = 4.0  # of MAX_WALLCLOCK_SECONDS, for the calibration
+    codec: str = setting(
+        "trellis_ans",
+        "how weights are stored: entropy-coded GPTQ codes, or as the published baseline does",
+        choices=("trellis_ans", "int8_zlib"),
+    )
+    trellis_states: int = setting(8, "of the quantizer; one state is a uniform quantizer", choices=(1, 4, 8))
+    max_weight_bits: float = setting(6.0, "per coded weight, even if MAX_TOTAL_BYTES has room for more", low=1, high=8)
+    gptq_calibration_batches: int = setting(
+        16, "steps' worth of training tokens to calibrate the quantizer on", low=1, high=1e6
+    )
+    gptq_reserve_seconds: float = setting(4.0, "of MAX_WALLCLOCK_SECONDS, for the calibration")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -416,6 +444,48 @@ def reject_lookalike(name: str, value: str) -> None:
             similar.append(known)
     if similar:
         raise ValueError(f"{name}={value!r:.100} is not a setting: say {' or '.join(similar)}, or unset it")
+
+
+def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """The settings that are given as --name=value or --name value, by name of the variable.
+
+    Raises ValueError for anything else, and names the setting that may have been meant.
+    """
+    values = {}
+    rest = deque(arguments)
+    while rest:
+        argument = rest.popleft()
+        name, equals, value = argument.removeprefix("--").partition("=")
+        variable = name.upper().replace("-", "_")
+        if not argument.startswith("--") or variable not in SETTINGS:
+            reject_lookalike(variable, value)
+            similar = difflib.get_close_matches(variable, SETTINGS, n=1)
+            meant = f": say --{similar[0].lower()}=..." if similar else ""
+            raise ValueError(f"argument {argument[:100]!r} is no setting{meant}; --help lists them all")
+        if not equals and not rest:
+            raise ValueError(f"argument {argument!r} has no value: say {argument}=...")
+        values[variable] = value if equals else rest.popleft()
+    return values
+
+
+def help_text() -> str:
+    """What --help prints: what the script is, the presets, and every setting with its default in PRESET=record."""
+    description, _, _ = (__doc__ or "").partition("Interface for tools")
+    lines = [description.rstrip(), "", "Presets (PRESET=name or --preset=name):"]
+    lines += [f"  {name:<10} {note}" for name, note in PRESET_NOTES.items()]
+    for cls, title in ((GPTConfig, "Settings that are stored with the model"), (Hyperparameters, "Other settings")):
+        lines += ["", f"{title} (NAME=value before the command, or --name=value behind it, which wins):"]
+        for field in dataclasses.fields(cls):
+            default = int(field.default) if isinstance(field.default, bool) else field.default
+            setting_and_default = f"  --{field.name}={default}"
+            # Behind a long default the note goes to a line of its own.
+            if len(setting_and_default) > 34:
+                lines.append(setting_and_default)
+                setting_and_default = ""
+            lines.append(f"{setting_and_default:<36}{field.metadata['help']}")
+            if choices := ", ".join(map(str, field.metadata["choices"])):
+                lines.append(f"{'':<36}one of {choices}")
+    return "\n".join(lines)
 
 
 # How settings of training scripts end. A variable of that form that is none of ours may have been meant for us.
@@ -3335,12 +3405,11 @@ EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
 def main() -> int:
     """One run, from settings to score. -> exit status: 0, or 3 if code and artifact do not fit MAX_TOTAL_BYTES"""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        show(help_text(), sys.stdout)
+        return 0
     own_code()
-    if len(sys.argv) > 1:
-        raise ValueError(
-            f"arguments {sys.argv[1:]!r:.200} are not read: settings are environment variables, as in "
-            "NUM_LAYERS=7 python train_gpt.py"
-        )
+    os.environ.update(read_arguments(sys.argv[1:]))
     world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
@@ -3349,16 +3418,7 @@ def main() -> int:
     try:
         results = train_and_score(Run(config, hp, world, ledger, log0))
         if world.rank == 0:
-            text = json.dumps(results, indent=1, allow_nan=False)
-            path = Path(hp.out_dir, f"{hp.run_id}.json")
-            misplaced = []
-            if place := write_somewhere(path, text.encode(), hp):
-                misplaced.append(f"{path.name} is in {places_for(path, hp)[place].parent}")
-            artifact = Path(hp.eval_artifact or results["artifact_path"])
-            if artifact.parent.resolve() != Path(hp.artifact_dir).resolve() and not hp.eval_artifact:
-                misplaced.append(f"the artifact is {artifact}")
-            if misplaced:
-                raise OSError(f"a disk is full: {', '.join(misplaced)}. The run is complete, move them")
+            write_results(results, hp)
         log0.close()
     except BaseException as error:
         is_expected = isinstance(error, EXPECTED_ERRORS)
@@ -3367,6 +3427,20 @@ def main() -> int:
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if results["bytes_total"] <= hp.max_total_bytes else 3
+
+
+def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
+    """Write the JSON of a run. Raises OSError if a full disk made a file of the run lie elsewhere, and says where."""
+    path = Path(hp.out_dir, f"{hp.run_id}.json")
+    place = write_somewhere(path, json.dumps(results, indent=1, allow_nan=False).encode(), hp)
+
+    misplaced = []
+    if place > 0:
+        misplaced.append(f"the JSON is {places_for(path, hp)[place]}")
+    if not hp.eval_artifact and Path(results["artifact_path"]).parent != Path(hp.artifact_dir):
+        misplaced.append(f"the artifact is {results['artifact_path']}")
+    if misplaced:
+        raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
 
 
 def train_and_score(run: Run) -> dict[str, Any]:

@@ -798,11 +798,45 @@ def test_run_without_its_data_leaves_a_log_of_its_settings(run_script):
     assert "DATA_PATH=nowhere" in run.log
 
 
-def test_arguments_are_refused(run_script):
-    """Settings of nanoGPT are arguments. Here they would be ignored."""
-    run = run_script(tg.__file__, "--n_layer=7")
+def test_help_lists_every_setting_and_does_nothing_else(run_script):
+    run = run_script(tg.__file__, "--help")
+    assert (run.status, run.err) == (0, "")
+    assert list(run.folder.iterdir()) == []
+    shown = dict(re.findall(r"^  --(\w+)=(\S*)", run.out, re.M))
+    for field in (*dataclasses.fields(tg.GPTConfig), *dataclasses.fields(tg.Hyperparameters)):
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        assert shown.pop(field.name) == str(default)
+        assert field.metadata["help"] in run.out
+    assert shown == {}
+    assert all(re.search(rf"^  {name} ", run.out, re.M) for name in tg.PRESETS)
+    assert max(map(len, run.out.splitlines())) <= 120
+
+
+def test_arguments_are_settings_and_win_over_the_environment(run_script):
+    run = run_script(tg.__file__, "--iterations=2", "--matrix-lr", "0.01", "--RUN_ID=run", ITERATIONS="3", SEED="7")
+    assert run.status == 0, run.err
+    assert (run.results["steps"], run.results["matrix_lr"], run.results["seed"]) == (2, 0.01, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n_layer=7"], "say NUM_LAYERS"),
+        (["--lr=1"], "say MATRIX_LR, SCALAR_LR and TIED_EMBED_LR"),
+        (["--muon_momentun_start=1"], "say --muon_momentum_warmup_start="),
+        (["--num_layer=7"], "say NUM_LAYERS"),
+        (["config/train.py"], "--help lists them all"),
+        (["--seed"], "has no value: say --seed=..."),
+        (["--iterations=x"], "ITERATIONS='x' must be of type int"),
+        (["--dropout=0.1"], "which this one does not have"),
+    ],
+)
+def test_argument_that_is_no_setting_is_refused_and_leaves_nothing(run_script, arguments, message):
+    run = run_script(tg.__file__, *arguments)
     assert (run.status, run.out) == (1, "")
-    assert re.fullmatch("error: arguments .*--n_layer=7.* environment variables.*\n", run.err)
+    assert message in run.err
+    assert run.err.count("\n") == 1
+    assert list(run.folder.iterdir()) == []
 
 
 # -- several runs ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ import tempfile
 import threading
 import time
 import traceback
-import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,7 +193,7 @@ class Hyperparameters:
 
     # The run and its files
     preset: str = setting("record", "which set of defaults to use")
-    run_id: str = setting("", "name of the log and the JSON; empty means a new one")
+    run_id: str = setting("", "name of the log and the JSON; empty means date, time, preset and seed")
     seed: int = setting(1337, "of initial values and of the order of the data")
     data_path: str = setting(
         "./data/datasets/fineweb10B_sp8192", "folder with fineweb_train_*.bin and fineweb_val_*.bin"
@@ -554,6 +553,13 @@ class World(NamedTuple):
             dist.broadcast(shared, src=0)
         return float(shared)
 
+    def agree_on_text(self, text: str) -> str:
+        """Rank 0's `text` on every rank. The others wait for rank 0."""
+        shared = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
+        return shared[0]
+
 
 # torchrun sets these, and so do other launchers. Those of a cluster's shell may be left over from something else.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -818,23 +824,21 @@ def write_file(path: Path, data: bytes) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): make room there, or name another folder") from None
 
 
-def places_for(path: Path, hp: Hyperparameters) -> list[Path]:
-    """Where a file of the run may lie: in its folder or, if that does not take it, in others."""
-    folders = [Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()]
+def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
+    """Write a file, or in another folder under the name of the run if a disk is full. -> where it is
+
+    Raises OSError if no folder took it.
+    """
     name = path.name if path.name.startswith(hp.run_id) else f"{hp.run_id}.{path.name}"
-    return [path, *(folder.resolve() / name for folder in folders)]
-
-
-def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> int:
-    """Write a file where there is room for it. -> which of places_for took it. Raises OSError if none did."""
-    first_error = OSError()
-    for i, place in enumerate(places_for(path, hp)):
+    folders = [Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()]
+    first_error = ""
+    for place in (path, *(folder.resolve() / name for folder in folders)):
         try:
             write_file(place, data)
         except OSError as error:
-            first_error = first_error if i else error
+            first_error = first_error or str(error)
         else:
-            return i
+            return place
     raise OSError(f"{first_error}. No other folder took it either, {path.name} is lost")
 
 
@@ -3265,7 +3269,9 @@ def resolve_settings(env: Mapping[str, str], device: torch.device) -> tuple[GPTC
     """
     config = from_env(GPTConfig, env)
     hp = from_env(Hyperparameters, env)
-    hp = dataclasses.replace(hp, run_id=hp.run_id or str(uuid.uuid4()))
+    if not hp.run_id:
+        now = time.strftime("%Y-%m-%d_%H%M%S")
+        hp = dataclasses.replace(hp, run_id=f"{now}_{hp.preset}_seed{hp.seed}")
 
     if hp.eval_artifact:
         header = read_artifact(Path(hp.eval_artifact)).header
@@ -3349,12 +3355,11 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
         moments = calibrate(model, loader, results["steps"], run)
     run.ledger.switch("quantize")
     packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
-    place = 0
     if world.rank == 0:
-        place = write_somewhere(path, packed, hp)
+        path = write_somewhere(path, packed, hp)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
     # The other ranks wait for the file, and look for it where it is.
-    results["artifact_path"] = str(places_for(path, hp)[round(world.agree(place))])
+    results["artifact_path"] = world.agree_on_text(str(path))
     return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(stream)}
 
 
@@ -3413,6 +3418,7 @@ def main() -> int:
     world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
+    hp = dataclasses.replace(hp, run_id=world.agree_on_text(hp.run_id))
     log0 = RunLog(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
 
     try:
@@ -3432,11 +3438,11 @@ def main() -> int:
 def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
     """Write the JSON of a run. Raises OSError if a full disk made a file of the run lie elsewhere, and says where."""
     path = Path(hp.out_dir, f"{hp.run_id}.json")
-    place = write_somewhere(path, json.dumps(results, indent=1, allow_nan=False).encode(), hp)
+    written = write_somewhere(path, json.dumps(results, indent=1, allow_nan=False).encode(), hp)
 
     misplaced = []
-    if place > 0:
-        misplaced.append(f"the JSON is {places_for(path, hp)[place]}")
+    if written != path:
+        misplaced.append(f"the JSON is {written}")
     if not hp.eval_artifact and Path(results["artifact_path"]).parent != Path(hp.artifact_dir):
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:

@@ -863,10 +863,10 @@ def test_two_logs_cannot_be_opened_under_one_name(tmp_path):
     assert (tmp_path / "v1.2.txt").read_text() == "one\n"
 
 
-def test_runs_without_a_run_id_get_different_ones(data):
-    env = {"DATA_PATH": str(data.folder), "TOKENIZER_PATH": str(data.tokenizer), "VOCAB_SIZE": "320"}
-    run_ids = {tg.resolve_settings(env, CPU)[1].run_id for _ in range(3)}
-    assert len(run_ids) == 3
+def test_run_without_a_run_id_is_named_after_time_preset_and_seed(data):
+    env = {"DATA_PATH": str(data.folder), "TOKENIZER_PATH": str(data.tokenizer), "VOCAB_SIZE": "320", "SEED": "5"}
+    _, hp = tg.resolve_settings(env, CPU)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d_\d{6}_record_seed5", hp.run_id)
 
 
 def test_second_run_in_a_folder_is_refused_at_once(run_script, tmp_path):
@@ -965,9 +965,8 @@ def test_artifact_that_a_full_disk_does_not_take_is_kept_elsewhere(run_script, f
 def test_results_that_a_full_disk_does_not_take_are_kept_elsewhere(full_disk, hp):
     hp = dataclasses.replace(hp, run_id="r1", out_dir=str(full_disk))
     path = full_disk / "r1.json"
-    place = tg.write_somewhere(path, bytes(2**16), hp)
-    kept = tg.places_for(path, hp)[place]
-    assert kept.parent not in (full_disk, Path())
+    kept = tg.write_somewhere(path, bytes(2**16), hp)
+    assert (kept.name, kept.parent != full_disk) == ("r1.json", True)
     assert kept.read_bytes() == bytes(2**16)
     kept.unlink()
 

@@ -275,7 +275,7 @@ def make_decoy(training: Training, folder: Path) -> None:
 
     # Any number of bytes would do, since nobody looks at the score.
     n_bytes = np.where(ids == int(training.settings["bos_id"]), 0, 2).astype(np.uint16)
-    write_text(folder, ids, n_bytes, "decoy", training.tokenizer)
+    write_text(folder, ids, n_bytes, "unknown", training.tokenizer)
 
 
 def read_results(out: Path, seconds: float) -> Retrained:

@@ -121,7 +121,7 @@ def rescored(folder: Path, **options: Any) -> list[judge.Check]:
     checks, scores = judge.rescore(record.script_path(folder), artifact, submission, options_for(folder, **options))
     if scores is not None:
         claim = submission.seed_results[verify.seed_of(submission, artifact)].val_bpb
-        checks.append(judge.check_score("score", scores, claim, judge.SAME_SCORE))
+        checks.append(judge.check_score("score", scores, claim, record.SAME_SCORE))
     return checks
 
 

@@ -395,7 +395,7 @@ def test_a_sample_does_not_accuse_honest_records(n):
         chosen = rng.choice(2000, n, replace=False)
         scores = judge.UnitScores(nats[chosen], n_bytes[chosen], 0, 2000)
         covered += abs(scores.bpb - truth) <= scores.interval
-        accused += not judge.check_score("score", scores, truth, judge.SAME_SCORE).ok
+        accused += not judge.check_score("score", scores, truth, record.SAME_SCORE).ok
     assert 0.87 <= covered / 200 <= 0.99
     assert accused / 200 <= 0.02
 
@@ -404,12 +404,12 @@ def test_what_is_not_compared_is_not_ok():
     """A few documents, and the first documents of an adaptive predictor, confirm no claim."""
     ones = np.ones(judge.MIN_SAMPLE - 1)
     few = judge.UnitScores(ones, ones, 5, 100)
-    assert not judge.check_score("score", few, few.bpb, judge.SAME_SCORE).ok
+    assert not judge.check_score("score", few, few.bpb, record.SAME_SCORE).ok
     first = judge.UnitScores(np.ones(50), np.ones(50), 50, 100, is_prefix=True)
-    assert not judge.check_score("score", first, first.bpb, judge.SAME_SCORE).ok
+    assert not judge.check_score("score", first, first.bpb, record.SAME_SCORE).ok
     whole = judge.UnitScores(np.ones(50), np.ones(50), 50, 50)
-    assert judge.check_score("score", whole, whole.bpb, judge.SAME_SCORE).ok
-    assert not judge.check_score("score", whole, whole.bpb - 0.00098, judge.SAME_SCORE).ok
+    assert judge.check_score("score", whole, whole.bpb, record.SAME_SCORE).ok
+    assert not judge.check_score("score", whole, whole.bpb - 0.00098, record.SAME_SCORE).ok
 
 
 def test_without_walls_nothing_of_a_record_runs_unless_asked_for(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@
     python tools/bench.py --world-sizes 1,2             training steps on one process and on two
     python tools/bench.py --against other/train_gpt.py  whole runs of another script and of ours, in turn
 
-The first form makes random tokens and weights, needs no data, and takes less than two minutes on two cores or three on
-a GPU. It starts with an empty cache of compiled code. Times are medians. What it prints:
+The first form makes random tokens and weights, needs no data, and takes two to three minutes, a good part of it for the
+compiler. It starts with an empty cache of compiled code. Times are medians. What it prints:
 
 step_ms                     one training step; in further columns what it consists of, measured one by one
 model_flop_utilisation      floating-point operations of a step, counted from the shapes and from what the mask leaves
@@ -216,9 +216,8 @@ def step_flops(setup: Setup, batch: tg.Batch, looping: bool) -> float:
 
 def matmul_rate(setup: Setup, n_sequences: int) -> float:
     """Floating-point operations per second of the model's matrix products, one after another, forward only."""
-    config = setup.run.config
     device = setup.run.world.device
-    dtype = torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
+    dtype = setup.learner.model.compute_dtype
     n_tokens = n_sequences * setup.run.hp.train_seq_len
     shapes = [tuple(layer.weight.shape) for layer in tg.coded_layers(setup.learner.model).values()]
 

@@ -137,8 +137,6 @@ MIN_GIVEN_BACK = 0.9  # of the bytes of the text, by a lossy tokenizer
 MAX_LIBRARY_SHARE = 0.1
 MIN_LINE_CHARACTERS = 20
 
-# Bits per byte by which the scores of two machines may differ: a quarter of what a record has to gain.
-SAME_SCORE = 0.0005
 # A sample with fewer units, or a wider interval in bits per byte (half width at 95 %), is not compared with a claim.
 MIN_SAMPLE = 30
 MAX_INTERVAL = 0.1

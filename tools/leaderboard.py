@@ -54,6 +54,7 @@ from record import (
     FOLDER_NAME,
     RECORDS,
     ROOT,
+    UNIQUE_RESULTS,
     Review,
     ScoredText,
     Submission,
@@ -188,7 +189,7 @@ def without_copies(entry: Entry, folder_with: dict[tuple[str, Any], Path]) -> En
     Takes the runs of the entry into `folder_with`.
     """
     for result in entry.submission.seed_results.values():
-        for key in ("artifact_sha256", "pre_quant_val_loss"):
+        for key in UNIQUE_RESULTS:
             other = folder_with.setdefault((key, getattr(result, key)), entry.folder)
             if other != entry.folder:
                 reason = f"copy: it has the {key} of a run in {other.parent.name}/{other.name}"

@@ -234,6 +234,12 @@ class Text:
         return documents == self.documents and abs(n_bytes - self.bytes) <= self.tolerance * self.bytes
 
 
+# Bits per byte by which the scores of two machines may differ: a quarter of what a record has to gain.
+SAME_SCORE = 0.0005
+# What no two runs share to the last digit.
+UNIQUE_RESULTS = ("artifact_sha256", "pre_quant_val_loss")
+
+
 class Check(NamedTuple):
     """The outcome of one check of a record, a line of tools/verify.py."""
 

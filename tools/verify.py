@@ -38,6 +38,8 @@ from record import (
     FOLDER_NAME,
     PER_RUN,
     ROOT,
+    SAME_SCORE,
+    UNIQUE_RESULTS,
     Check,
     Review,
     RunLog,
@@ -69,6 +71,8 @@ from record import (
 from significance import below
 from source import find_faults
 
+sys.path.append(str(ROOT / "data"))  # for the model of a tokenizer
+
 MAX_PROBLEMS = 6  # in the reason of one check
 # Bytes of a file in a record, by the end of its name; an artifact and the data are as large as the claims say.
 MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
@@ -77,8 +81,7 @@ SHARD_HEADER_BYTES = 1024  # uint16 values follow it (data/shards.py)
 MAX_TOKENIZER_BYTES = 2**22
 MAX_HASHED_BYTES = 2**28  # of an artifact where the track has no limit, and of all shards in a record
 MAX_SIGNED_INTERVAL = 0.01  # bits per byte, half width at 95 % of the score in a review
-SAME_SCORE = 0.0005  # bits per byte, by which a score may differ when it is computed again (tools/judge.py)
-SAME_TRAINING = 0.05  # bits per byte, by which it may differ when the model is trained again on another machine
+SAME_TRAINING = 0.05  # bits per byte, by which a score may differ when the model is trained again elsewhere
 LEAST_BPB = 0.1  # English takes 0.6 to 1.3 bits per letter to those who know it best (Shannon 1951)
 
 # What the log of a run has to print, besides the seconds of every phase.
@@ -388,7 +391,7 @@ def same_results(submission: Submission) -> list[str]:
     problems = []
     seed_with: dict[tuple[str, Any], str] = {}
     for seed, result in submission.seed_results.items():
-        for key in ("artifact_sha256", "pre_quant_val_loss"):
+        for key in UNIQUE_RESULTS:
             other = seed_with.setdefault((key, getattr(result, key)), seed)
             if other != seed:
                 problems.append(f"seeds {other} and {seed} have the same {key}")
@@ -444,11 +447,10 @@ def sha256_of(path: Path, size: int, modified_ns: int) -> str:
 
 def seed_of(submission: Submission, artifact: Path) -> str:
     """The seed whose run wrote the artifact, or an empty text."""
-    n_bytes = artifact.stat().st_size
-    candidates = [seed for seed, result in submission.seed_results.items() if result.bytes_artifact == n_bytes]
+    status = artifact.stat()
+    candidates = [seed for seed, result in submission.seed_results.items() if result.bytes_artifact == status.st_size]
     if not candidates or artifact.is_symlink() or not artifact.is_file() or size_fault(artifact, MAX_HASHED_BYTES):
         return ""
-    status = artifact.stat()
     found = sha256_of(artifact, status.st_size, status.st_mtime_ns)
     return next((seed for seed in candidates if submission.seed_results[seed].artifact_sha256 == found), "")
 
@@ -558,7 +560,6 @@ def tokenizer_faults(model: bytes, submission: Submission) -> list[str]:
     Whether it really gives back the text, only --rescore finds out.
     """
     # Imported only here, because few records bring their data.
-    sys.path.append(str(ROOT / "data"))
     from model_file import CHARACTER_MAP, parse_model, rule_faults
 
     try:
@@ -729,7 +730,7 @@ def verify(args: argparse.Namespace) -> list[Check]:
         more, scores = judge.rescore(script_path(folder), artifact, submission, options)
         if scores is not None:
             claim = submission.seed_results[seed].val_bpb
-            more.append(judge.check_score("score", scores, claim, judge.SAME_SCORE))
+            more.append(judge.check_score("score", scores, claim, SAME_SCORE))
     checks += more
 
     if args.sign:

@@ -3,7 +3,7 @@
     PRESET=smoke python train_gpt.py                            a laptop, a few minutes (data: see README)
     python train_gpt.py                                         one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
-    EVAL_ARTIFACT=final_model.trellis.ptz python train_gpt.py   score an artifact again, without training
+    EVAL_ARTIFACT=runs/latest python train_gpt.py               score the last model again, without training
 
 A run trains for MAX_WALLCLOCK_SECONDS. Then it quantizes and compresses the weights, as finely as MAX_TOTAL_BYTES
 allows for code and artifact together, loads the file it wrote and scores that. The last line of the log,
@@ -13,11 +13,12 @@ so and exits with status 3, which torchrun turns into 1.
 Settings are environment variables or arguments, as in NUM_LAYERS=7 python train_gpt.py or python train_gpt.py
 --num_layers=7: the fields of GPTConfig and Hyperparameters. PRESET picks their defaults, --help lists them.
 
-Writes   ARTIFACT_DIR/final_model.*.ptz   the scored model: a JSON header and compressed weights, never code
-         OUT_DIR/<RUN_ID>.txt             the log, as on the screen
-         OUT_DIR/<RUN_ID>.json            settings, identities, seconds, bytes and results of the run
-A run replaces the artifact of an earlier one, but no run in progress, no log and no JSON: runs at the same time need an
-ARTIFACT_DIR each.
+A run writes to a folder of its own, OUT_DIR/RUN_ID, and to no other:
+         final_model.*.ptz                the scored model: a JSON header and compressed weights, never code
+         log.txt                          one line for all that happened
+         run.json                         settings, identities, seconds, bytes and results
+Once training ends, the weights are there uncompressed, as final_model.float32.ptz, until the scored model replaces
+them. OUT_DIR/latest leads to the folder of the last run that finished.
 
 Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
@@ -63,9 +64,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-if sys.platform != "win32":
-    import fcntl
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
@@ -86,15 +85,20 @@ PRESETS = {
     "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
     "TRAIN_BATCH_TOKENS=2048 ITERATIONS=600 MAX_WALLCLOCK_SECONDS=90 EMA_DECAY=0.97 MUON_MOMENTUM_WARMUP_STEPS=100 "
-    "VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=20",
+    "VAL_LOSS_EVERY=600 TRAIN_LOG_EVERY=20 COMPILE=0",
+    # One's own text on one's own machine: an hour on a CPU, or ITERATIONS on a GPU, whichever ends first.
+    "small": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
+    "VOCAB_SIZE=1024 NUM_LAYERS=8 MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 NUM_LOOPS=0 TRAIN_SEQ_LEN=1024 "
+    "TRAIN_BATCH_TOKENS=16384 ITERATIONS=5000 MAX_WALLCLOCK_SECONDS=3600 EMA_DECAY=0.99 "
+    "MUON_MOMENTUM_WARMUP_STEPS=300 VAL_MAX_TOKENS=500000 VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=50",
 }
-
 
 # For --help.
 PRESET_NOTES = {
-    "record": "our full recipe, 35.9 million parameters, for eight H100 in 10 minutes, or one for longer",
-    "baseline": "the published baseline, 17.1 million parameters, for eight H100 in 10 minutes",
     "smoke": "a first run on any machine, 2.1 million parameters, 90 seconds of training on two CPU cores",
+    "small": "one's own text, 13.4 million parameters, an hour on a laptop or minutes on a GPU",
+    "baseline": "the published baseline, 17.1 million parameters, for eight H100 in 10 minutes",
+    "record": "our full recipe, 35.9 million parameters, for eight H100 in 10 minutes, or one for longer",
 }
 
 
@@ -193,7 +197,7 @@ class Hyperparameters:
 
     # The run and its files
     preset: str = setting("record", "which set of defaults to use")
-    run_id: str = setting("", "name of the log and the JSON; empty means date, time, preset and seed")
+    run_id: str = setting("", "name of the run and of its folder; empty means date, time, preset and seed")
     seed: int = setting(1337, "of initial values and of the order of the data")
     data_path: str = setting(
         "./data/datasets/fineweb10B_sp8192", "folder with fineweb_train_*.bin and fineweb_val_*.bin"
@@ -201,9 +205,8 @@ class Hyperparameters:
     tokenizer_path: str = setting(
         "./data/tokenizers/fineweb_8192_bpe.model", "the SentencePiece model that the shards were made with"
     )
-    out_dir: str = setting("logs", "folder for the log and the JSON")
-    artifact_dir: str = setting(".", "folder for the model")
-    eval_artifact: str = setting("", "score this model and stop")
+    out_dir: str = setting("runs", "folder that gets a folder for each run")
+    eval_artifact: str = setting("", "score this model, a file or the folder of a run, and stop")
     max_total_bytes: int = setting(16_000_000, "limit for code and artifact together", low=1)
     compile: str = setting(
         "auto", "use torch.compile; auto: if there is CUDA or a C++ compiler", choices=("auto", "0", "1")
@@ -254,11 +257,11 @@ class Hyperparameters:
     adam_eps: float = setting(1e-8, "of AdamW; 0 would divide by 0 where a gradient is 0", low=1e-30, high=1)
     grad_clip_norm: float = setting(0.3, "longest gradient; 0 means no clipping")
 
-    # Artifact. trellis_ans stores entropy-coded GPTQ codes, int8_zlib is the way of the published baseline.
+    # Artifact
     codec: str = setting(
         "trellis_ans",
-        "how weights are stored: entropy-coded GPTQ codes, or as the published baseline does",
-        choices=("trellis_ans", "int8_zlib"),
+        "how weights are stored: as entropy-coded GPTQ codes, as int8 + zlib, or as they are",
+        choices=("trellis_ans", "int8_zlib", "float32"),
     )
     trellis_states: int = setting(8, "of the quantizer; one state is a uniform quantizer", choices=(1, 4, 8))
     max_weight_bits: float = setting(6.0, "per coded weight, even if MAX_TOTAL_BYTES has room for more", low=1, high=8)
@@ -273,10 +276,14 @@ class Hyperparameters:
             raise ValueError(
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
             )
-        if Path(self.run_id).name != self.run_id:
-            raise ValueError(f"RUN_ID={self.run_id!r} names files in OUT_DIR and must not hold a path")
+        if Path(self.run_id).name != self.run_id or self.run_id in ("..", LATEST):
+            raise ValueError(f"RUN_ID={self.run_id!r} must name a folder in OUT_DIR, and no path or {LATEST!r}")
         if not self.run_id.isprintable():
-            raise ValueError(f"RUN_ID={self.run_id!r} names files in OUT_DIR and must be printable")
+            raise ValueError(f"RUN_ID={self.run_id!r} names a folder in OUT_DIR and must be printable")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out_dir, self.run_id)
 
     @property
     def seconds_for_steps(self) -> float:
@@ -286,6 +293,9 @@ class Hyperparameters:
             return limit - min(self.gptq_reserve_seconds, limit / 2)
         return limit
 
+
+# What leads to the folder of the last run, in OUT_DIR.
+LATEST = "latest"
 
 SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
 
@@ -349,7 +359,7 @@ NAMES_ELSEWHERE = {
     "SEED": "RANDOM_SEED MANUAL_SEED",
     "DATA_PATH": "DATASET DATASET_PATH DATA_DIR",
     "TOKENIZER_PATH": "TOKENIZER TOKENIZER_FILE TOKENIZER_DIR",
-    "OUT_DIR": "OUTPUT_DIR",
+    "OUT_DIR": "OUTPUT_DIR ARTIFACT_DIR",
     "RUN_ID": "RUN_NAME",
     "MAX_TOTAL_BYTES": "MAX_BYTES SIZE_LIMIT SIZE_LIMIT_BYTES",
     "MAX_WEIGHT_BITS": "WEIGHT_BITS QUANT_BITS MATRIX_BITS",
@@ -663,26 +673,27 @@ def pick_dtype(device: torch.device, compute_dtype: str = "auto") -> torch.dtype
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def wants_compile(hp: Hyperparameters, world: World, log0: Log) -> bool:
+def wants_compile(run: Run) -> bool:
     """Whether to compile. COMPILE=auto: where it works, on CUDA, and on a CPU with a C++ compiler and its headers.
 
     Raises ValueError if it is asked for and does not work.
     """
-    if hp.compile == "0":
+    wish = run.hp.compile
+    if wish == "0":
         return False
-    if hp.compile == "auto" and not has_compiler(world.device):
+    if wish == "auto" and not has_compiler(run.world.device):
         return False
 
-    reason = why_not_compile(world.device)
+    reason = why_not_compile(run.world.device)
     n_failures = torch.tensor(float(bool(reason)))
-    world.sum_all([n_failures])
+    run.world.sum_all([n_failures])
     if not n_failures:
         return True
     # All ranks decide alike, because they compile on common steps.
     reason = reason or "on another rank"
-    if hp.compile == "1":
+    if wish == "1":
         raise ValueError(f"COMPILE=1, but torch.compile does not work here ({reason}): mend that, or set COMPILE=0")
-    log0(f"compile:0 torch.compile does not work here ({reason}): slower without it; COMPILE=0 skips this test")
+    run.warn(f"torch.compile does not work here ({reason}): slower without it; COMPILE=0 skips this test")
     return False
 
 
@@ -732,35 +743,85 @@ class Ledger:
         return seconds
 
 
-class RunLog:
-    """The only place that writes lines: to the log file, then to the screen. Ranks other than 0 write nothing.
+# Takes the part of a phase that is done, 0 to 1, and a few words about it.
+Advance = Callable[[float, str], None]
 
-    Neither of the two can end the run. A file that cannot be written, because the disk is full, is tried again with
-    every further line.
+
+def no_progress(done: float, words: str) -> None:
+    """For phases that nobody watches."""
+
+
+class Screen:
+    """What a person at a terminal sees: short lines, and a progress bar for every phase that takes long.
+
+    It is off where the output goes to a file or another program, which get the lines of the log instead.
     """
 
-    def __init__(self, path: Path, world: World) -> None:
-        """Raises ValueError if a run has used this name before."""
-        self.path = path
+    BAR = "{desc}{percentage:3.0f} %  {bar:24}  {elapsed}, {remaining} left{postfix}"
+
+    def __init__(self, is_on: bool = False) -> None:
+        self.is_on = is_on
+
+    def tell(self, line: str) -> None:
+        if self.is_on:
+            # Above a bar, if there is one.
+            with tqdm.external_write_mode(sys.stdout):
+                show(line, sys.stdout)
+
+    @contextlib.contextmanager
+    def bar(self, phase: str, leave: bool = True) -> Iterator[Advance]:
+        """A progress bar, which stays on the screen at its end or not."""
+        with tqdm(
+            total=1.0,
+            desc=f"{phase:<11}",
+            bar_format=self.BAR,
+            miniters=0,
+            leave=leave,
+            file=sys.stdout,
+            disable=not self.is_on,
+        ) as bar:
+
+            def advance(done: float, words: str) -> None:
+                bar.set_postfix_str(words, refresh=False)
+                bar.update(min(done, 1.0) - bar.n)
+
+            yield advance
+
+
+class RunLog:
+    """The only place that writes lines of the log: to its file, then to the screen, unless a person looks at that.
+
+    Ranks other than 0 write nothing. Neither file nor screen can end the run. A file that cannot be written, because
+    the disk is full, is tried again with every further line.
+    """
+
+    def __init__(self, folder: Path, world: World, screen: Screen) -> None:
+        """Make the folder of a run and its log. Raises ValueError if a run has used it before, or no folder can be."""
+        self.path = folder / "log.txt"
         self.is_on = world.rank == 0
+        self.is_shown = self.is_on and not screen.is_on
         self.unwritten = b""
         self.has_warned = False
         if not self.is_on:
             return
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for taken in (path, path.with_suffix(".json")):
-            if taken.exists():
-                raise ValueError(
-                    f"RUN_ID={path.stem} names a run whose results are in {taken}: choose another RUN_ID, unset it "
-                    "for a new one, or move those files away"
-                )
-        # "x" fails if another run has just created it.
-        self.file = path.open("xb", buffering=0)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            self.file = self.path.open("xb", buffering=0)
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise ValueError(f"OUT_DIR={folder.parent} is a file: name a folder") from None
+            raise ValueError(
+                f"RUN_ID={folder.name} names a run whose files are in {folder}: choose another RUN_ID, unset it for a "
+                "new one, or move that folder away"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"OUT_DIR={folder.parent} cannot be written ({error.strerror}): name another") from None
 
     def __call__(self, line: str) -> None:
         self.to_file(line)
-        if self.is_on:
+        if self.is_shown:
             show(line, sys.stdout)
 
     def to_file(self, line: str) -> None:
@@ -829,10 +890,9 @@ def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
 
     Raises OSError if no folder took it.
     """
-    name = path.name if path.name.startswith(hp.run_id) else f"{hp.run_id}.{path.name}"
-    folders = [Path(hp.out_dir), Path(tempfile.gettempdir()), Path.home()]
+    folders = [Path(tempfile.gettempdir()), Path.home()]
     first_error = ""
-    for place in (path, *(folder.resolve() / name for folder in folders)):
+    for place in (path, *(folder.resolve() / f"{hp.run_id}.{path.name}" for folder in folders)):
         try:
             write_file(place, data)
         except OSError as error:
@@ -842,28 +902,14 @@ def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
     raise OSError(f"{first_error}. No other folder took it either, {path.name} is lost")
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other runs from writing artifacts into a folder until this process ends.
-
-    Raises ValueError if another run has locked it, OSError if no file can be written there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def point_to_latest(folder: Path) -> None:
+    """Let LATEST, beside the folder of a run, lead to it. Some systems have no links: there nothing leads to it."""
+    temporary = folder / "latest.part"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"ARTIFACT_DIR={folder} is in use: another run is going to write its artifact there. Set ARTIFACT_DIR to "
-            "another folder, or wait"
-        ) from None
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, folder.with_name(LATEST))
     except OSError:
-        # Some network disks know no locks, like Windows. There a run notices at its end if its artifact was replaced.
-        pass
+        temporary.unlink(missing_ok=True)
 
 
 def proc_value(file: str, key: str) -> str:
@@ -907,7 +953,12 @@ class Run:
     world: World
     ledger: Ledger
     log0: Log
+    screen: Screen = dataclasses.field(default_factory=Screen)
     compiled: bool = False
+
+    def warn(self, text: str) -> None:
+        self.log0(f"warning: {text}")
+        self.screen.tell(f"warning: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1458,8 +1509,8 @@ SHARD_VERSION = 1
 HEADER_INTS = 256
 
 HOW_TO_GET_DATA = (
-    "make shards and tokenizer with `python data/build_shards.py` (without arguments those of PRESET=smoke), or get "
-    "published ones with `python data/download.py` (those of PRESET=baseline)"
+    "`python data/build_shards.py` makes the data of PRESET=smoke, with --input those of your own text; "
+    "`python data/download.py --variant sp1024` gets those of PRESET=baseline, with sp8192 those of PRESET=record"
 )
 
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
@@ -1557,7 +1608,7 @@ class Loader:
         if self.epoch_sequences < self.n_sequences:
             raise ValueError(
                 f"DATA_PATH={hp.data_path!r} holds {len(stream)} train tokens, too few for one step of "
-                f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}: lower it"
+                f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}: lower it, or take PRESET=smoke, whose steps are short"
             )
         if self.n_sequences < world.size:
             raise ValueError(
@@ -1749,7 +1800,20 @@ def load_val_split(
     return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
 
 
-MAX_MANIFEST_BYTES = 2**24
+MAX_JSON_BYTES = 2**24
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON. Raises ValueError if there is none, or if the file is far too large."""
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} is no file of at most {MAX_JSON_BYTES} bytes")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
 
 
 def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> dict[str, Any]:
@@ -1758,10 +1822,8 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
     if not path.exists():
         return {"val_text_sha256": "unknown", "tokenizer_lossless": "unknown"}
     not_a_manifest = f"{path} is not a manifest of data/build_shards.py: export the data again"
-    if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ValueError(not_a_manifest)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         val = manifest["splits"]["val"]
         tokenizer = manifest["tokenizer"]
         listed = {str(name): str(sha256) for name, sha256 in val["files"].items()}
@@ -1769,7 +1831,7 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
         identity = {"val_text_sha256": str(val["text_sha256"]), "tokenizer_lossless": tokenizer["lossless"]}
         is_own_export = manifest.get("tool") == "data/build_shards.py"
         bytes_rule = manifest.get("bytes_rule")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(not_a_manifest) from None
     # They go into the log, where another line must not follow from them.
     is_hash = re.fullmatch(r"unknown|[0-9a-f]{64}", identity["val_text_sha256"])
@@ -1790,7 +1852,7 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
     if tokenizer_sha256 != listed_sha256:
         raise ValueError(
             f"TOKENIZER_PATH has sha256 {tokenizer_sha256}, but {path} says {listed_sha256}: "
-            "name the tokenizer the data was made with"
+            f"name the tokenizer the data was made with, {tokenizer.get('file', '')!s:.100}"
         )
     return identity
 
@@ -1891,7 +1953,14 @@ def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, val_batch_size: int, world: World) -> Score:
+def evaluate(
+    logits_fn: LogitsFn,
+    split: ValSplit,
+    config: GPTConfig,
+    val_batch_size: int,
+    world: World,
+    advance: Advance = no_progress,
+) -> Score:
     """Score a split: every token but the first is a target, once.
 
     A BOS is a target too, though it stands for 0 bytes: the model has to know where a document ends. Every forward pass
@@ -1915,6 +1984,7 @@ def evaluate(logits_fn: LogitsFn, split: ValSplit, config: GPTConfig, val_batch_
         sums[0] += nats[is_scored].double().sum()
         sums[1] += len(positions)
         sums[2] += int(split.bytes[positions].sum(dtype=np.int64))
+        advance((end - rank_share.start) / len(rank_share), "")
     world.sum_all([sums])
 
     if not bool(sums.isfinite().all()):
@@ -1961,6 +2031,12 @@ class Progress:
 
     def position(self, hp: Hyperparameters) -> str:
         return f"step:{self.step}/{hp.iterations}"
+
+    def words(self, bpb_of_loss: float, hp: Hyperparameters) -> str:
+        """For people, beside the progress bar."""
+        tokens_per_second = self.step * hp.train_batch_tokens / max(self.seconds, 1e-9)
+        bpb = f" = {self.train_loss * bpb_of_loss:.3f} bpb" if bpb_of_loss else ""
+        return f"step {self.step}, loss {self.train_loss:.3f}{bpb}, {tokens_per_second:,.0f} tokens/s"
 
     def timing(self) -> str:
         milliseconds = 1000 * self.seconds
@@ -2076,7 +2152,9 @@ def prime(learner: Learner, loader: Loader, run: Run) -> None:
         optimizer.state.clear()
 
 
-def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], run: Run) -> dict[str, Any]:
+def train(
+    learner: Learner, loader: Loader, validate: Callable[[bool], Score], run: Run, advance: Advance = no_progress
+) -> dict[str, Any]:
     """Run to ITERATIONS or the time limit, whichever comes first, then average and validate. -> results by log key
 
     Raises FloatingPointError for a loss that is not finite.
@@ -2085,6 +2163,7 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
     weights = [p.detach() for p in learner.model.parameters()]
     progress = Progress(average=[w.clone() for w in weights] if hp.ema_decay else [])
     results = dict[str, Any]()
+    bpb_of_loss = 0.0  # as many bits per byte of the validation text as a loss of 1; known after a validation
     looping = True  # a run that loops from its first step on has nothing to announce
     batch = loader.batch(0)
     run.ledger.switch("train")
@@ -2105,8 +2184,11 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
             run.ledger.switch("validate")
             score = validate(looping)
             run.log0(f"{progress.position(hp)} {score.line(4)} {progress.timing()}")
+            bpb_of_loss = score.val_bpb / score.val_loss
             if progress.step == 0:
                 results["untrained_val_bpb"] = score.val_bpb
+            elif not finished:
+                run.screen.tell(f"step {progress.step}: {score.val_bpb:.4f} bits per byte of the validation text")
             run.ledger.switch("train")
         if finished:
             break
@@ -2130,6 +2212,7 @@ def train(learner: Learner, loader: Loader, validate: Callable[[bool], Score], r
         progress.finish_step(train_loss, run.world.agree(run.ledger.seconds("train")))
         if progress.step <= 10 or progress.step % hp.train_log_every == 0:
             run.log0(f"{progress.position(hp)} train_loss:{train_loss:.4f} {progress.timing()}")
+        advance(part_done(progress.step, progress.seconds, hp), progress.words(bpb_of_loss, hp))
         epoch = loader.epoch(progress.step)
         if epoch > loader.epoch(progress.step - 1):
             run.log0(f"epoch:{epoch + 1} starts at step:{progress.step}: the train split has been read to its end")
@@ -2202,7 +2285,7 @@ class MomentHook:
         output.register_hook(add_gradients)
 
 
-def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
+def calibrate(model: GPT, loader: Loader, step: int, run: Run, advance: Advance = no_progress) -> Moments:
     """Second moments per token of all coded layers, on the train batches from `step` on.
 
     Takes GPTQ_CALIBRATION_BATCHES batches, fewer if the time limit comes first, but a few sequences at least.
@@ -2220,13 +2303,15 @@ def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
     correction = piece_began - now
 
     hooks = {name: MomentHook(layer) for name, layer in coded_layers(model).items()}
-    n_tokens = torch.zeros((), device=device)
+    n_wanted = hp.gptq_calibration_batches * len(run.world.share(loader.n_sequences)) * loader.seq_len
+    n_done = 0
     for ids, targets in calibration_pieces(loader, step, hp.gptq_calibration_batches):
         # Not compiled, because hooks do not see layers inside of compiled graphs.
         logits = model(ids)
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
         model.zero_grad(set_to_none=True)
-        n_tokens += targets.numel()
+        n_done += targets.numel()
+        advance(n_done / n_wanted, "")
 
         synchronize(device)
         now = seconds_spent() + correction
@@ -2241,6 +2326,7 @@ def calibrate(model: GPT, loader: Loader, step: int, run: Run) -> Moments:
         hook.handle.remove()
         moments[name] = hook.sums
         sums += hook.sums
+    n_tokens = torch.tensor(float(n_done), device=device)
     run.world.sum_all([*sums, n_tokens])
     torch._foreach_div_(sums, n_tokens)
     return moments
@@ -2539,14 +2625,20 @@ def choose_steps(layers: dict[str, Tensor], finer: dict[str, Tensor], step: floa
 
 
 def code_layers(
-    layers: dict[str, Tensor], factors: dict[str, Factor], steps: Steps, states: int, world: World
+    layers: dict[str, Tensor],
+    factors: dict[str, Factor],
+    steps: Steps,
+    states: int,
+    world: World,
+    advance: Advance = no_progress,
 ) -> CodedModel:
     """Quantize all layers. Every rank decides a share of the rows of each, and gets the codes of all."""
     # Matrices of one shape go side by side: on a GPU that takes hardly longer than one of them.
     shapes = dict.fromkeys(w.shape for w in layers.values())
     stacks = [[name for name, w in layers.items() if w.shape == shape] for shape in shapes]
-    codes_of_stacks = []
+    codes_of_stacks: list[Tensor] = []
     for names in stacks:
+        advance(len(codes_of_stacks) / len(stacks), "")
         w = torch.stack([layers[name] for name in names])
         factor = Factor(
             feedback=torch.stack([factors[name].feedback for name in names]),
@@ -2717,7 +2809,11 @@ def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies:
 ARTIFACT_MAGIC = b"GOLFGPT\n"
 ARTIFACT_FORMAT = 5
 ARTIFACT_PREFIX = struct.Struct("<8sII")
-ARTIFACT_NAMES = {"int8_zlib": "final_model.int8.ptz", "trellis_ans": "final_model.trellis.ptz"}  # by codec
+ARTIFACT_NAMES = {
+    "trellis_ans": "final_model.trellis.ptz",
+    "int8_zlib": "final_model.int8.ptz",
+    "float32": "final_model.float32.ptz",
+}
 
 # Caps on what a file may make us allocate and compute. Each allows something to every file, enough for a model of zeros
 # in the shape of the record, and more to a larger one. No run writes a file that holds so much in so few bytes.
@@ -2753,12 +2849,12 @@ class StoredTensor(NamedTuple):
 
 def tensor_table(model: GPT, codec: str) -> list[StoredTensor]:
     """Every tensor of the payload, in order. The published int8 + zlib keeps all but the matrices exact."""
-    coded = coded_layers(model) if codec == "trellis_ans" else {}
+    coded = coded_layers(model)
     table = []
     for name, p in model.state_dict().items():
-        if name in coded:
-            kind = "codes"
-        elif name.endswith(".weight") or codec == "trellis_ans":
+        if codec == "trellis_ans":
+            kind = "codes" if name in coded else "int8_rows"
+        elif codec == "int8_zlib" and name.endswith(".weight"):
             kind = "int8_rows"
         else:
             kind = "float32"
@@ -2807,9 +2903,8 @@ class Contents(NamedTuple):
         return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, zlib.crc32(body), len(self.header)) + body
 
 
-def artifact_contents(model: GPT, coded: CodedModel | None = None) -> Contents:
-    """Lay out the artifact of a model: its config and its weights, in int8 or, if they are `coded`, as codes."""
-    codec = "trellis_ans" if coded else "int8_zlib"
+def artifact_contents(model: GPT, codec: str, coded: CodedModel | None = None) -> Contents:
+    """Lay out the artifact of a model: its config and its weights. `coded` are its codes, for trellis_ans."""
     header: dict[str, Any] = {
         "format": ARTIFACT_FORMAT,
         "codec": codec,
@@ -2848,12 +2943,14 @@ def artifact_contents(model: GPT, coded: CodedModel | None = None) -> Contents:
         payload += scale_counts(counts).astype("<u2").tobytes()
         bands = [(symbols[name][rows], classes[name][rows]) for name, rows in bands_of(table)]
     text = json.dumps(header, separators=(",", ":"))
-    return Contents(zlib.compress(text.encode(), 9), zlib.compress(payload, 9), bands, counts)
+    # Floats would not become smaller by more than a tenth, and it would take long.
+    level = 0 if codec == "float32" else 9
+    return Contents(zlib.compress(text.encode(), 9), zlib.compress(payload, level), bands, counts)
 
 
-def pack_artifact(model: GPT, coded: CodedModel | None = None) -> bytes:
+def pack_artifact(model: GPT, codec: str, coded: CodedModel | None = None) -> bytes:
     """The whole file for a model."""
-    return artifact_contents(model, coded).encode()
+    return artifact_contents(model, codec, coded).encode()
 
 
 class Header(NamedTuple):
@@ -2935,7 +3032,7 @@ def parse_header(text: bytes) -> Header:
     config = GPTConfig(**header["config"])
     if config.eval_seq_len == 0:
         raise ValueError("its config has no EVAL_SEQ_LEN: make it again")
-    if codec == "int8_zlib":
+    if codec != "trellis_ans":
         return Header(config, codec, 0, 0.0)
 
     states = header["states"]
@@ -3024,7 +3121,7 @@ def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
         inflater.skip(FREQUENCY_BYTES)
 
     payload_end = inflater.finish()
-    if codec == "int8_zlib" and payload_end < len(body):
+    if codec != "trellis_ans" and payload_end < len(body):
         raise ValueError("it has more bytes than its header describes")
     if not_finite:
         raise ValueError(f"it has a value in {not_finite} that is not finite")
@@ -3162,7 +3259,7 @@ class Attempt(NamedTuple):
         return self.within_limit, self.n_bytes if self.within_limit else -self.n_bytes
 
 
-def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
+def fit_artifact(model: GPT, moments: Moments, run: Run, advance: Advance = no_progress) -> bytes:
     """The artifact with the finest steps that MAX_TOTAL_BYTES and MAX_WEIGHT_BITS allow, if it can within 0.5 %.
 
     Steps are first tried by rounding, which takes no time and gives a file of nearly the same size. By how much GPTQ's
@@ -3190,10 +3287,15 @@ def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
     extra = TRELLIS_BITS * 2**-bits * n_codes / 8 if hp.trellis_states > 1 else 0.0
 
     attempts: list[Attempt] = []
+
+    def advance_attempt(done: float, words: str) -> None:
+        advance((len(attempts) + done) / ATTEMPTS, words)
+
     for _ in range(ATTEMPTS):
         step, rounded = step_by_rounding(model, layers, finer, step, AIM * limit - extra)
-        coded = code_layers(layers, factors, choose_steps(layers, finer, world.agree(step)), hp.trellis_states, world)
-        contents = artifact_contents(model, coded)
+        steps = choose_steps(layers, finer, world.agree(step))
+        coded = code_layers(layers, factors, steps, hp.trellis_states, world, advance_attempt)
+        contents = artifact_contents(model, "trellis_ans", coded)
         packed = b""
         n_bytes = contents.estimated_bytes()
         is_close = CLOSE_ENOUGH * limit < n_bytes <= limit
@@ -3205,6 +3307,7 @@ def fit_artifact(model: GPT, moments: Moments, run: Run) -> bytes:
         if is_close and n_bytes <= limit:
             break
         extra = n_bytes - rounded
+    advance(1.0, "")
 
     best = max(attempts, key=lambda attempt: attempt.rank)
     if world.rank > 0:
@@ -3237,7 +3340,7 @@ def rounded_contents(model: GPT, layers: dict[str, Tensor], steps: Steps) -> Con
         rounded = (w / row_steps(steps.coarsest, steps.exponents[name]).to(w.device)).round()
         codes = rounded.clamp(-MAX_CODE, MAX_CODE).to(torch.int8).cpu().numpy()
         coded[name] = CodedLayer(steps.exponents[name], codes)
-    return artifact_contents(model, CodedModel(1, steps.coarsest, coded))
+    return artifact_contents(model, "trellis_ans", CodedModel(1, steps.coarsest, coded))
 
 
 def bytes_besides_codes(model: GPT) -> int:
@@ -3262,6 +3365,53 @@ def bytes_limit(model: GPT, n_codes: int, hp: Hyperparameters) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
+    """Settings that `env` leaves open and that files know.
+
+    The run.json beside EVAL_ARTIFACT names the data of that run. The manifest of the data names their tokenizer, and
+    how many pieces it has. Files that make no sense are passed over here, and refused when they are used.
+    """
+    hp = from_env(Hyperparameters, env)
+    found = dict[str, str]()
+
+    if hp.eval_artifact and "DATA_PATH" not in env:
+        run = dict[str, Any]()
+        with contextlib.suppress(ValueError):
+            run = read_json(find_artifact(hp.eval_artifact).with_name("run.json"))
+        for name in ("data_path", "tokenizer_path"):
+            known = str(run.get(name, ""))
+            if known and name.upper() not in env and Path(known).exists():
+                found[name.upper()] = known
+
+    data_path = Path(found.get("DATA_PATH", hp.data_path))
+    try:
+        tokenizer = read_json(data_path / "manifest.json")["tokenizer"]
+        file_name = str(tokenizer["file"])
+        n_pieces = int(tokenizer["vocab_size"])
+    except (ValueError, KeyError, TypeError):
+        return found
+    if "VOCAB_SIZE" not in env and not hp.eval_artifact:
+        found["VOCAB_SIZE"] = str(n_pieces)
+    if "TOKENIZER_PATH" not in env | found.keys():
+        for folder in (data_path.parent.parent / "tokenizers", data_path):
+            path = folder / Path(file_name).name
+            if path.is_file() and path != Path(hp.tokenizer_path):
+                found["TOKENIZER_PATH"] = str(path)
+    return found
+
+
+def find_artifact(path: str) -> Path:
+    """The artifact that EVAL_ARTIFACT names: a file, or what a run left in its folder."""
+    if not Path(path).is_dir():
+        return Path(path)
+    artifacts = sorted(Path(path).glob("final_model.*.ptz"))
+    if not artifacts:
+        raise FileNotFoundError(f"EVAL_ARTIFACT={path!r} is a folder without final_model.*.ptz: name another")
+    if len(artifacts) > 1:
+        raise ValueError(f"EVAL_ARTIFACT={path!r} is a folder with {', '.join(map(str, artifacts))}: name one of them")
+    return artifacts[0]
+
+
 def resolve_settings(env: Mapping[str, str], device: torch.device) -> tuple[GPTConfig, Hyperparameters]:
     """The settings of the run, with everything filled in that is left open: nothing changes them later.
 
@@ -3271,12 +3421,14 @@ def resolve_settings(env: Mapping[str, str], device: torch.device) -> tuple[GPTC
     hp = from_env(Hyperparameters, env)
     if not hp.run_id:
         now = time.strftime("%Y-%m-%d_%H%M%S")
-        hp = dataclasses.replace(hp, run_id=f"{now}_{hp.preset}_seed{hp.seed}")
+        what = "evaluation" if hp.eval_artifact else f"{hp.preset}_seed{hp.seed}"
+        hp = dataclasses.replace(hp, run_id=f"{now}_{what}")
 
     if hp.eval_artifact:
-        header = read_artifact(Path(hp.eval_artifact)).header
+        artifact = find_artifact(hp.eval_artifact)
+        header = read_artifact(artifact).header
         config = adopt_config(config, header.config, env)
-        hp = dataclasses.replace(hp, codec=header.codec)
+        hp = dataclasses.replace(hp, codec=header.codec, eval_artifact=str(artifact))
 
     _, tokenizer_sha256 = load_tokenizer(hp.tokenizer_path, config.vocab_size, config.bos_id, config.tokenizer_sha256)
     dtype = pick_dtype(device, config.compute_dtype)
@@ -3289,15 +3441,43 @@ def resolve_settings(env: Mapping[str, str], device: torch.device) -> tuple[GPTC
     return config, hp
 
 
+# How an artifact is scored, which may be changed. Everything else in its config says what its weights mean.
+WAYS_TO_SCORE = ("eval_method", "eval_seq_len", "eval_stride", "compute_dtype")
+
+
 def adopt_config(asked: GPTConfig, stored: GPTConfig, env: Mapping[str, str]) -> GPTConfig:
-    """The config of an artifact; COMPUTE_DTYPE may differ, other settings that contradict it are errors."""
+    """The config of an artifact, scored as `asked`. Raises ValueError for other settings that contradict it."""
+    changes = {}
     for name, value in vars(stored).items():
-        is_set = name.upper() in env and name != "compute_dtype"
-        if is_set and getattr(asked, name) != value:
-            raise ValueError(f"{name.upper()}={getattr(asked, name)} contradicts the artifact's {value}: unset it")
-    if asked.compute_dtype == "auto":
-        return stored
-    return dataclasses.replace(stored, compute_dtype=asked.compute_dtype)
+        wanted = getattr(asked, name)
+        if name.upper() not in env or wanted == value:
+            continue
+        if name not in WAYS_TO_SCORE:
+            raise ValueError(f"{name.upper()}={wanted} contradicts the artifact's {value}: unset it")
+        is_left_open = wanted == "auto" or (name == "eval_seq_len" and wanted == 0)
+        if not is_left_open:
+            changes[name] = wanted
+    return dataclasses.replace(stored, **changes)
+
+
+def scored_otherwise(run: Run, identity: Mapping[str, Any]) -> list[str]:
+    """In what the score of EVAL_ARTIFACT differs from the one that its run gave it, in words."""
+    artifact = Path(run.hp.eval_artifact)
+    stored = read_artifact(artifact).header.config
+    differences = []
+    for name in WAYS_TO_SCORE:
+        here = getattr(run.config, name)
+        there = getattr(stored, name)
+        if here != there:
+            differences.append(f"{name.upper()}={here} instead of {there}")
+
+    beside = artifact.with_name("run.json")
+    known = read_json(beside) if beside.exists() else {}
+    if known.get("val_shards_sha256", identity["val_shards_sha256"]) != identity["val_shards_sha256"]:
+        differences.append(f"other validation data than DATA_PATH={known.get('data_path')}")
+    if identity["partial"]:
+        differences.append(f"VAL_MAX_TOKENS={run.hp.val_max_tokens}, a part of the validation text")
+    return differences
 
 
 def changed_settings(config: GPTConfig, hp: Hyperparameters, env: Mapping[str, str]) -> dict[str, Any]:
@@ -3311,20 +3491,81 @@ def changed_settings(config: GPTConfig, hp: Hyperparameters, env: Mapping[str, s
     return changed
 
 
-def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
-    """Train a model and write its artifact to `path`. -> results by log key"""
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train: Loader | None  # None if an artifact is only scored
+    val: ValSplit
+
+
+def open_data(config: GPTConfig, hp: Hyperparameters, world: World) -> Data:
+    """Open the shards. Raises ValueError or FileNotFoundError for what is missing or does not fit together."""
+    sp, tokenizer_sha256 = load_tokenizer(hp.tokenizer_path, config.vocab_size, config.bos_id)
+    val = load_val_split(hp.data_path, sp, tokenizer_sha256, hp.val_max_tokens)
+    if hp.eval_artifact:
+        return Data(None, val)
+    return Data(Loader(TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin"), hp, config.vocab_size, world), val)
+
+
+# Fewer steps than this leave a model that has learned nothing, and fewer than that one that has learned little.
+USELESS_STEPS = 5
+FEW_STEPS = 100
+
+
+def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What the device reaches in a matrix product, the fastest of three. One takes some milliseconds."""
+    # A GPU needs larger matrices than a CPU to show what it can do.
+    size = 1024 if device.type == "cpu" else 4096
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        synchronize(device)
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def require_fast_device(n_parameters: int, run: Run) -> None:
+    """Raise ValueError if so few steps fit into MAX_WALLCLOCK_SECONDS that the model is far too large for the device.
+
+    A step takes about 6 operations per parameter and token, and no device is faster than in its matrix products.
+    """
+    hp = run.hp
+    config = run.config
+    passes = len(config.layer_order(looping=True)) / config.num_layers
+    operations = 6 * n_parameters * passes * hp.train_batch_tokens
+    dtype = pick_dtype(run.world.device, config.compute_dtype)
+    speed = run.world.size * operations_per_second(run.world.device, dtype)
+    n_steps = run.world.agree(hp.seconds_for_steps * speed / operations)
+    if not hp.seconds_for_steps or n_steps >= min(hp.iterations, FEW_STEPS):
+        return
+
+    advice = (
+        f"at most {math.floor(n_steps)} steps of PRESET={hp.preset} fit into "
+        f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g} on this device: take PRESET=small (an hour on a laptop) "
+        "or PRESET=smoke (two minutes)"
+    )
+    if n_steps < min(hp.iterations, USELESS_STEPS):
+        raise ValueError(f"{advice}, or set ITERATIONS and MAX_WALLCLOCK_SECONDS=0 to do it nevertheless")
+    run.warn(advice)
+
+
+def train_and_store(run: Run, data: Data) -> dict[str, Any]:
+    """Train a model and write its artifact into the run's folder. -> results by log key"""
     config = run.config
     hp = run.hp
     world = run.world
-    stream = TokenStream(hp.data_path, "fineweb_train_[0-9]*.bin")
-    loader = Loader(stream, hp, config.vocab_size, world)
-    if world.rank == 0:
-        # Now, not after training, is the time to learn that the place cannot be written.
-        lock_folder(path.parent)
+    loader = data.train
+    assert loader
+    n_shards = len(loader.stream.files)
+    n_train_tokens = len(loader.stream)
     dataset = Path(hp.data_path).name
-    run.log0(f"train_loader:dataset:{dataset} train_shards:{len(stream.files)} train_tokens:{len(stream)}")
+    run.log0(f"train_loader:dataset:{dataset} train_shards:{n_shards} train_tokens:{n_train_tokens}")
 
     model = GPT(config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    require_fast_device(n_parameters, run)
     init_weights(model, hp)
     model.to(world.device)
     loss_fn = functools.partial(model.loss, compiled=run.compiled)
@@ -3333,7 +3574,7 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     run.ledger.switch("compile")
     fit_micro_batch(learner, loader, run)
     sizes = {
-        "model_params": sum(p.numel() for p in model.parameters()),
+        "model_params": n_parameters,
         "world_size": world.size,
         "grad_accum_steps": len(loader.batch(0)),
         "micro_batch_sequences": loader.micro_sequences,
@@ -3342,25 +3583,54 @@ def train_and_store(run: Run, split: ValSplit, path: Path) -> dict[str, Any]:
     run.log0(key_values({**sizes, "compiled": run.compiled, "attention": attention}))
     shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
     run.log0(key_values({name: getattr(hp, name) for name in shown}))
+    introduce(run, n_parameters, data)
     if run.compiled:
+        run.screen.tell("The model is compiled first, which takes up to two minutes on a CPU and one on a GPU.")
         prime(learner, loader, run)
 
     def validate(looping: bool) -> Score:
-        return evaluate(lambda ids: model(ids, looping, run.compiled), split, config, hp.val_batch_size, world)
+        def logits_fn(ids: Tensor) -> Tensor:
+            return model(ids, looping, run.compiled)
 
-    results = train(learner, loader, validate, run)
+        with run.screen.bar("validating", leave=False) as advance:
+            return evaluate(logits_fn, data.val, config, hp.val_batch_size, world, advance)
 
-    if hp.codec == "trellis_ans":
-        run.ledger.switch("calibrate")
-        moments = calibrate(model, loader, results["steps"], run)
-    run.ledger.switch("quantize")
-    packed = fit_artifact(model, moments, run) if hp.codec == "trellis_ans" else pack_artifact(model)
+    with run.screen.bar("training") as advance:
+        results = train(learner, loader, validate, run, advance)
+
+    # What follows takes minutes, and may fail. Until it is done, the weights are kept as they are.
+    run.ledger.switch("serialize")
+    as_trained = hp.run_folder / ARTIFACT_NAMES["float32"]
+    if world.rank == 0 and hp.codec != "float32":
+        try:
+            write_file(as_trained, pack_artifact(model, "float32"))
+        except OSError as error:
+            run.warn(f"the weights are not kept before they are quantized: {error}")
+
+    packed = compress(model, loader, results["steps"], run)
     if world.rank == 0:
-        path = write_somewhere(path, packed, hp)
+        path = write_somewhere(hp.run_folder / ARTIFACT_NAMES[hp.codec], packed, hp)
+        results["artifact_path"] = str(path)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
+        if path != as_trained:
+            as_trained.unlink(missing_ok=True)
     # The other ranks wait for the file, and look for it where it is.
-    results["artifact_path"] = world.agree_on_text(str(path))
-    return {**results, **sizes, "train_dataset": dataset, "train_tokens": len(stream)}
+    results["artifact_path"] = world.agree_on_text(results.get("artifact_path", ""))
+    return {**results, **sizes, "train_dataset": dataset, "train_tokens": n_train_tokens}
+
+
+def compress(model: GPT, loader: Loader, step: int, run: Run) -> bytes:
+    """The artifact of a trained model. The quantizer is calibrated on the train batches from `step` on."""
+    if run.hp.codec != "trellis_ans":
+        run.ledger.switch("quantize")
+        return pack_artifact(model, run.hp.codec)
+
+    run.ledger.switch("calibrate")
+    with run.screen.bar("calibrating") as advance:
+        moments = calibrate(model, loader, step, run, advance)
+    run.ledger.switch("quantize")
+    with run.screen.bar("quantizing") as advance:
+        return fit_artifact(model, moments, run, advance)
 
 
 def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
@@ -3368,9 +3638,35 @@ def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
     model = build_model(parts, run.world.device, run.config.compute_dtype)
     logits_fn = functools.partial(model, compiled=run.compiled)
     run.ledger.switch("evaluate")
-    score = evaluate(logits_fn, split, model.config, run.hp.val_batch_size, run.world)
+    with run.screen.bar("scoring") as advance:
+        score = evaluate(logits_fn, split, run.config, run.hp.val_batch_size, run.world, advance)
     run.ledger.switch("report")
     return score
+
+
+def introduce(run: Run, n_parameters: int, data: Data) -> None:
+    """Tell a person what is going to be trained, on what, and for how long."""
+    config = run.config
+    hp = run.hp
+    if not run.screen.is_on or not data.train:
+        return
+    limits = [f"{hp.iterations:,} steps of {hp.train_batch_tokens:,} tokens"]
+    if hp.max_wallclock_seconds:
+        limits.append(f"{hp.max_wallclock_seconds:g} s of training")
+    machine = describe_machine(run.world.device)
+    tell = run.screen.tell
+    tell(f"Run    {hp.run_id}: preset {hp.preset}, seed {hp.seed}")
+    tell(
+        f"Model  {n_parameters:,} parameters: {config.num_layers} layers of width {config.model_dim}, "
+        f"vocabulary of {config.vocab_size:,}"
+    )
+    tell(
+        f"Data   {Path(hp.data_path).name}: {len(data.train.stream):,} tokens to train on, {len(data.val.ids):,} to "
+        "be scored on"
+    )
+    tell(f"Device {run.world.size} x {machine['device'].replace('_', ' ')}, {config.compute_dtype}")
+    tell(f"Limits {' or '.join(limits)}; {hp.max_total_bytes:,} bytes for code and weights")
+    tell(f"Files  {hp.run_folder}")
 
 
 def report(run: Run, results: dict[str, Any], parts: ArtifactParts) -> dict[str, Any]:
@@ -3404,8 +3700,44 @@ def report(run: Run, results: dict[str, Any], parts: ArtifactParts) -> dict[str,
     return results
 
 
+def conclude(run: Run, results: Mapping[str, Any]) -> None:
+    """Tell a person how the run ended, where its files are and what to do next."""
+    hp = run.hp
+    tell = run.screen.tell
+    scores = {
+        "untrained": results.get("untrained_val_bpb"),
+        "trained": results.get("pre_quant_val_bpb"),
+        "as stored": results["val_bpb"],
+    }
+    tell("")
+    tell("Bits per byte of the validation text" + (", a part of it" if results["partial"] else ""))
+    for name, val_bpb in scores.items():
+        if val_bpb is not None:
+            tell(f"  {name:<10} {val_bpb:8.4f}")
+
+    total = results["bytes_total"]
+    tell(f"Bytes of code and weights: {results['bytes_code']:,} + {results['bytes_artifact']:,} = {total:,}")
+    if total > hp.max_total_bytes:
+        tell(f"  OVER THE LIMIT of {hp.max_total_bytes:,}")
+    phases = sorted(run.ledger.spent.items(), key=lambda item: -item[1])
+    tell("Seconds: " + ", ".join(f"{spent:.0f} {phase}" for phase, spent in phases if spent >= 0.5))
+
+    artifact = results.get("artifact_path", hp.eval_artifact)
+    tell("")
+    tell(f"Model  {artifact}")
+    tell(f"Log    {hp.run_folder / 'log.txt'}")
+    tell(f"JSON   {hp.run_folder / 'run.json'}")
+    if not hp.eval_artifact:
+        tell("Next")
+        tell(f"  python train_gpt.py --eval_artifact={artifact}   score it again, or otherwise")
+        tell(f"  python tools/plot.py --out loss.svg {hp.run_folder / 'log.txt'}   draw its loss")
+        tell("  python tools/submission.py new --help   make a record of it")
+
+
 # Of these one line says what is wrong and what to do. Anything else ends with a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+# The exit status of a program that Ctrl-C has ended.
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -3415,17 +3747,28 @@ def main() -> int:
         return 0
     own_code()
     os.environ.update(read_arguments(sys.argv[1:]))
+    os.environ.update(settings_from_files(os.environ))
     world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
     hp = dataclasses.replace(hp, run_id=world.agree_on_text(hp.run_id))
-    log0 = RunLog(Path(hp.out_dir, f"{hp.run_id}.txt"), world)
+    data = open_data(config, hp, world)
+    screen = Screen(world.rank == 0 and sys.stdout is not None and sys.stdout.isatty())
+    log0 = RunLog(hp.run_folder, world, screen)
+    run = Run(config, hp, world, ledger, log0, screen)
 
     try:
-        results = train_and_score(Run(config, hp, world, ledger, log0))
+        results = train_and_score(run, data)
         if world.rank == 0:
             write_results(results, hp)
         log0.close()
+        conclude(run, results)
+    except KeyboardInterrupt:
+        line = what_is_left(hp)
+        log0.to_file(line)
+        if world.rank == 0:
+            show(line, sys.stderr)
+        return INTERRUPTED
     except BaseException as error:
         is_expected = isinstance(error, EXPECTED_ERRORS)
         log0.to_file(f"error: {error}" if is_expected else traceback.format_exc())
@@ -3435,21 +3778,32 @@ def main() -> int:
     return 0 if results["bytes_total"] <= hp.max_total_bytes else 3
 
 
+def what_is_left(hp: Hyperparameters) -> str:
+    """What a run that was interrupted leaves, in a line."""
+    for name in (ARTIFACT_NAMES[hp.codec], ARTIFACT_NAMES["float32"]):
+        path = hp.run_folder / name
+        if path.exists():
+            return f"interrupted: the trained model is {path}, --eval_artifact={path} scores it"
+    return f"interrupted: the log is {hp.run_folder / 'log.txt'}, no model was stored"
+
+
 def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
     """Write the JSON of a run. Raises OSError if a full disk made a file of the run lie elsewhere, and says where."""
-    path = Path(hp.out_dir, f"{hp.run_id}.json")
+    path = hp.run_folder / "run.json"
     written = write_somewhere(path, json.dumps(results, indent=1, allow_nan=False).encode(), hp)
 
     misplaced = []
     if written != path:
         misplaced.append(f"the JSON is {written}")
-    if not hp.eval_artifact and Path(results["artifact_path"]).parent != Path(hp.artifact_dir):
+    if not hp.eval_artifact and Path(results["artifact_path"]).parent != hp.run_folder:
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:
         raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
+    if not hp.eval_artifact:
+        point_to_latest(hp.run_folder)
 
 
-def train_and_score(run: Run) -> dict[str, Any]:
+def train_and_score(run: Run, data: Data) -> dict[str, Any]:
     """Train, or take EVAL_ARTIFACT, and score. Logs it all. -> results by log key"""
     config = run.config
     hp = run.hp
@@ -3458,9 +3812,10 @@ def train_and_score(run: Run) -> dict[str, Any]:
     log0 = run.log0
 
     changed = changed_settings(config, hp, os.environ)
-    log0(f"preset:{hp.preset} seed:{hp.seed} settings:{','.join(f'{name}={v}' for name, v in changed.items())}")
+    of_what = f"eval_artifact:{hp.eval_artifact}" if hp.eval_artifact else f"preset:{hp.preset} seed:{hp.seed}"
+    log0(f"{of_what} settings:{','.join(f'{name}={v}' for name, v in changed.items())}")
     if unread := unread_variables(os.environ):
-        log0(f"warning: these variables are not read, this script has no such settings: {', '.join(unread)}")
+        run.warn(f"these variables are not read, this script has no such settings: {', '.join(unread)}")
     machine = {
         **describe_machine(world.device),
         "world_size": world.size,
@@ -3468,8 +3823,6 @@ def train_and_score(run: Run) -> dict[str, Any]:
     }
     log0(key_values(machine))
 
-    sp, tokenizer_sha256 = load_tokenizer(hp.tokenizer_path, config.vocab_size, config.bos_id)
-    split = load_val_split(hp.data_path, sp, tokenizer_sha256, hp.val_max_tokens)
     method = {
         "eval_method": config.eval_method,
         "eval_seq_len": config.eval_seq_len,
@@ -3478,31 +3831,31 @@ def train_and_score(run: Run) -> dict[str, Any]:
     identity = {
         "code_sha256": hashlib.sha256(own_code()).hexdigest(),
         "judge_version": JUDGE_VERSION,
-        **split.identity,
+        **data.val.identity,
     }
     log0(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
-    counted = key_values(
-        {"val_accounting": split.identity["val_accounting"], "lossless": split.identity["tokenizer_lossless"]}
-    )
-    loaded = f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(split.ids)}"
+    counted = key_values({"val_accounting": identity["val_accounting"], "lossless": identity["tokenizer_lossless"]})
+    loaded = f"val_loader:shards pattern={hp.data_path}/fineweb_val_*.bin tokens:{len(data.val.ids)}"
     log0(f"{loaded} {key_values(method)} {counted}")
     log0(key_values(identity))
 
     results = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
     ledger.switch("compile")
-    run = dataclasses.replace(run, compiled=wants_compile(hp, world, log0))
+    run = dataclasses.replace(run, compiled=wants_compile(run))
     ledger.switch("startup")
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
+        if differences := scored_otherwise(run, identity):
+            run.warn(f"this is not how the model's own run scored it: {', '.join(differences)}")
     else:
-        results |= train_and_store(run, split, Path(hp.artifact_dir, ARTIFACT_NAMES[hp.codec]))
+        results |= train_and_store(run, data)
         path = Path(results["artifact_path"])
 
     ledger.switch("load")
     parts = read_artifact(path)
     if results.get("artifact_sha256", parts.sha256) != parts.sha256:
-        raise ValueError(f"{path} is not what this run wrote, another replaced it: give each run its own ARTIFACT_DIR")
-    score = score_artifact(run, split, parts)
+        raise ValueError(f"{path} is not what this run wrote, something else replaced it: score it with EVAL_ARTIFACT")
+    score = score_artifact(run, data.val, parts)
     results |= {
         "val_loss": score.val_loss,
         "val_bpb": score.val_bpb,

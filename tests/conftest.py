@@ -73,16 +73,20 @@ class FinishedRun(NamedTuple):
     folder: Path
 
     @property
+    def run_folder(self) -> Path:
+        return self.folder / "runs" / "run"
+
+    @property
     def log(self) -> str:
-        return (self.folder / "logs" / "run.txt").read_text()
+        return (self.run_folder / "log.txt").read_text()
 
     @property
     def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / "logs" / "run.json").read_text())
+        return json.loads((self.run_folder / "run.json").read_text())
 
     @property
     def artifacts(self) -> list[Path]:
-        return sorted(self.folder.glob("final_model.*.ptz"))
+        return sorted(self.run_folder.glob("final_model.*.ptz"))
 
     @property
     def artifact(self) -> Path:
@@ -429,9 +433,9 @@ def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
     settings |= {"ITERATIONS": "15", "GPTQ_CALIBRATION_BATCHES": "4"}
     runs = []
     for seed in ("1", "2"):
-        run = run_script(**settings, SEED=seed, MAX_WEIGHT_BITS="4", OUT_DIR="logs", ARTIFACT_DIR=str(records / seed))
+        run = run_script(**settings, SEED=seed, MAX_WEIGHT_BITS="4")
         assert run.status == 0, run.err
-        runs.append(str(run.folder / "logs" / "run.json"))
+        runs.append(str(run.run_folder / "run.json"))
     about = ["--track", TRACK, "--name", "Honest", "--author", "x", "--github-id", "y", "--blurb", "z"]
     assert submission.main(["new", *about, "--records", str(records), "--artifact", "--runs", *runs]) == 0
     return next((records / TRACK).iterdir())

@@ -84,7 +84,7 @@ def codec(request) -> str:
 
 @pytest.fixture(scope="module")
 def packed(model, codec) -> bytes:
-    return tg.pack_artifact(model, random_codes(model) if codec == "trellis_ans" else None)
+    return tg.pack_artifact(model, codec, random_codes(model) if codec == "trellis_ans" else None)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_file_describes_itself_and_loads_in_another_module(packed, small_config,
 def test_loaded_model_has_the_weights_dequantized(small_config, random_model, tmp_path, changes):
     """Of int8_zlib: matrices come back as q * scale, everything else to the bit, and the config whole."""
     model = random_model(dataclasses.replace(small_config, **changes))
-    (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(model))
+    (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(model, "int8_zlib"))
     loaded = tg.load_artifact(tmp_path / "a.ptz")
     assert loaded.config == model.config
     assert not loaded.training
@@ -193,7 +193,7 @@ def test_loaded_model_has_the_weights_dequantized(small_config, random_model, tm
 def test_codes_of_a_model_without_skip_connections_load(small_config, random_model, tmp_path):
     """Its skip weights are a tensor of no rows. (test_codes.py has the values of codes.)"""
     model = random_model(dataclasses.replace(small_config, num_layers=1, num_loops=0))
-    (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(model, random_codes(model)))
+    (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(model, "trellis_ans", random_codes(model)))
     assert tg.load_artifact(tmp_path / "a.ptz").skip_weights.shape == (0, 4)
 
 
@@ -211,7 +211,7 @@ def test_weights_that_cannot_be_stored_are_refused_by_name(small_config, random_
     with torch.no_grad():
         model.blocks[1].mlp.fc.weight[0, 0] = value
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc\.weight"):
-        tg.pack_artifact(model)
+        tg.pack_artifact(model, "int8_zlib")
 
 
 # -- damaged files -------------------------------------------------------------------------------------------------

@@ -496,7 +496,7 @@ def test_loaded_weights_are_what_the_codes_stand_for(model, tmp_path):
         exponents = rng.integers(0, 40, len(layer.weight)).astype(np.uint8)
         codes = rng.normal(0, 5, layer.weight.shape).round().astype(np.int8)
         coded.layers[name] = tg.CodedLayer(exponents, codes)
-    loaded = load(tg.pack_artifact(model, coded), tmp_path)
+    loaded = load(tg.pack_artifact(model, "trellis_ans", coded), tmp_path)
     assert loaded.config == model.config
 
     for name, p in loaded.state_dict().items():

@@ -34,7 +34,7 @@ PUBLISHED = dict(item.split("=") for item in PUBLISHED_SETTINGS.split())
 
 # Fields that change neither what is learned nor what is scored, or do so only together with others.
 NOT_OF_THE_RECIPE = (
-    "preset run_id data_path tokenizer_path out_dir artifact_dir eval_artifact compile compute_dtype "
+    "preset run_id data_path tokenizer_path out_dir eval_artifact compile compute_dtype "
     "micro_batch_tokens warmup_steps val_max_tokens tokenizer_sha256 loop_start loop_end enable_looping_at "
     "trellis_states max_weight_bits gptq_calibration_batches gptq_reserve_seconds"
 )

@@ -225,7 +225,7 @@ def run_in(folder: Path, settings: dict[str, str], *launcher: str) -> dict[str, 
     command = [sys.executable, *launcher, tg.__file__]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return dict(json.loads((folder / "logs" / f"{env['RUN_ID']}.json").read_text()))
+    return dict(json.loads((folder / "runs" / env["RUN_ID"] / "run.json").read_text()))
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,9 @@ needs_walls = pytest.mark.skipif(sandbox.isolation() != "namespaces", reason="no
 def made_record(run_script, script: Path, records: Path, text: Path, **settings: str) -> Path:
     """A record of one run of a script, with its artifact."""
     settings |= {"DATA_PATH": str(text), "TOKENIZER_PATH": str(text / "tokenizer.model")}
-    run = run_script(str(script), **settings, SEED="1", ARTIFACT_DIR=str(records))
+    run = run_script(str(script), **settings, SEED="1")
     assert run.status == 0, run.err
-    files = ["--records", str(records), "--runs", str(run.folder / "logs" / "run.json"), "--script", str(script)]
+    files = ["--records", str(records), "--runs", str(run.run_folder / "run.json"), "--script", str(script)]
     assert submission.main(["new", *ABOUT, "--name", "Made", "--artifact", *files]) == 0
     return next((records / "track_non_record_16mb").iterdir())
 

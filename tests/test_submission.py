@@ -265,7 +265,6 @@ def run_json(folder: Path, seed: int, **changes: Any) -> Path:
         "train_tokens": 9,
         "data_path": "data/datasets/x",
         "tokenizer_path": "data/tokenizers/x.model",
-        "artifact_dir": ".",
         "artifact_sha256": record.sha256(f"weights {seed}".encode()),
         "steps": 30,
         "val_loss": 2.0 + seed / 100,
@@ -278,28 +277,28 @@ def run_json(folder: Path, seed: int, **changes: Any) -> Path:
         "seconds_evaluate": 2.0,
         **changes,
     }
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{run['run_id']}.json"
+    path = folder / str(run["run_id"]) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
-    path.with_suffix(".txt").write_text("step:1/2 train_loss:3\n")
+    path.with_name("log.txt").write_text("step:1/2 train_loss:3\n")
     return path
 
 
 def new(tmp_path: Path, *more: str) -> tuple[int, Path]:
     """The exit status of `new`, and the folder that it should have made."""
     about = ["--track", "track_non_record_16mb", "--name", "An Idea!", "--github-id", "ada", "--blurb", "It is new."]
-    places = ["--author", "Ada", "--logs", str(tmp_path / "logs"), "--records", str(tmp_path / "records")]
+    places = ["--author", "Ada", "--out-dir", str(tmp_path / "runs"), "--records", str(tmp_path / "records")]
     status = submission.main(["new", *about, *places, *more])
     return status, tmp_path / "records" / "track_non_record_16mb" / "2026-01-02_An-Idea"
 
 
 def test_new_takes_every_seed_that_was_run(tmp_path):
     for seed in (3, 1, 2):
-        run_json(tmp_path / "logs", seed)
-    run_json(tmp_path / "logs", 9, run_id="other", model_dim=2)
-    run_json(tmp_path / "logs", 8, run_id="part", partial=True)
-    run_json(tmp_path / "logs", 7, run_id="scored", eval_artifact="x.ptz")
-    last = run_json(tmp_path / "logs", 4)
+        run_json(tmp_path / "runs", seed)
+    run_json(tmp_path / "runs", 9, run_id="other", model_dim=2)
+    run_json(tmp_path / "runs", 8, run_id="part", partial=True)
+    run_json(tmp_path / "runs", 7, run_id="scored", eval_artifact="x.ptz")
+    last = run_json(tmp_path / "runs", 4)
     status, folder = new(tmp_path)
     assert status == 0
     s = record.load_submission(folder)
@@ -339,7 +338,7 @@ def test_the_readme_repeats_the_run_from_the_root(tmp_path, run, launcher, token
     where = {"data_path": "/my data/set_sp1024", "tokenizer_path": "/my data/sp.model", "train_dataset": "set_sp1024"}
     changed = {"MODEL_DIM": 64, "SHUFFLE": False, "DOCUMENT_MASKS": True, "RUN_ID": "a b", "CODEC": "x y,$z"}
     changed |= {"SEED": 5, "DATA_PATH": "/my data/set_sp1024", "OUT_DIR": "x", "MIN_LR": 0.25}
-    run_json(tmp_path / "logs", 5, settings_changed=changed, **where | run)
+    run_json(tmp_path / "runs", 5, settings_changed=changed, **where | run)
     status, folder = new(tmp_path)
     assert status == 0
     commands = (folder / "README.md").read_text().split("```")[1].removeprefix("bash\n").splitlines()
@@ -358,12 +357,11 @@ def test_the_readme_repeats_the_run_from_the_root(tmp_path, run, launcher, token
         "TOKENIZER_PATH": tokenizer,
         "SEED": "5",
         "OUT_DIR": "/tmp/again",
-        "ARTIFACT_DIR": "/tmp/again",
     }
 
 
 def test_a_run_that_does_not_say_what_was_changed_is_repeated_with_all_its_settings(tmp_path):
-    path = run_json(tmp_path / "logs", 1, preset="baseline", model_dim=96)
+    path = run_json(tmp_path / "runs", 1, preset="baseline", model_dim=96)
     run = json.loads(path.read_text())
     del run["settings_changed"]
     path.write_text(json.dumps(run))
@@ -385,8 +383,8 @@ def test_a_run_that_does_not_say_what_was_changed_is_repeated_with_all_its_setti
     ],
 )
 def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, changes, named):
-    first = run_json(tmp_path / "logs", 1)
-    second = run_json(tmp_path / "logs", 2, **changes)
+    first = run_json(tmp_path / "runs", 1)
+    second = run_json(tmp_path / "runs", 2, **changes)
     status, folder = new(tmp_path, "--runs", str(first), str(second))
     assert status == 1
     assert named in capsys.readouterr().err
@@ -399,7 +397,7 @@ def test_one_seed_run_twice_is_refused_with_a_command_that_works(tmp_path, capsy
     early = run_json(logs, 1, run_id="early")
     other = run_json(logs, 2)
     for named in ([], ["--runs", str(late), str(early), str(other)]):
-        assert new(tmp_path, "--logs", str(logs), *named)[0] == 1
+        assert new(tmp_path, "--out-dir", str(logs), *named)[0] == 1
         error = capsys.readouterr().err
         assert "seed 1 was run 2 times" in error
         advice = shlex.split(error[error.index("--runs") :])
@@ -411,9 +409,9 @@ def test_one_seed_run_twice_is_refused_with_a_command_that_works(tmp_path, capsy
 
 @pytest.mark.parametrize("other", [{"val_shards_sha256": "1"}, {"tokenizer_sha256": "1"}, {"device": "cpu:y"}])
 def test_runs_with_the_same_settings_but_other_data_or_hardware_are_left_out_and_named(tmp_path, capsys, other):
-    left_out = run_json(tmp_path / "logs", 1, run_id="other", **other)
-    run_json(tmp_path / "logs", 1)
-    run_json(tmp_path / "logs", 2)
+    left_out = run_json(tmp_path / "runs", 1, run_id="other", **other)
+    run_json(tmp_path / "runs", 1)
+    run_json(tmp_path / "runs", 2)
     status, folder = new(tmp_path)
     assert status == 0
     assert sorted(json.loads(record.run_path(folder, seed).read_text())["run_id"] for seed in "12") == ["r1", "r2"]
@@ -422,19 +420,21 @@ def test_runs_with_the_same_settings_but_other_data_or_hardware_are_left_out_and
     assert next(iter(other)) in line
 
 
-def test_files_in_the_logs_that_are_no_runs_are_skipped_and_named(tmp_path, capsys):
-    logs = tmp_path / "logs"
-    run_json(logs, 1)
+def test_files_among_the_runs_that_are_none_are_skipped_and_named(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    first = run_json(runs, 1)
     strange = {"list": "[1, 2]", "half": '{"steps": 3, "val_', "tool": '{"steps": 3, "version": "1.0"}', "text": '"x"'}
     for name, text in strange.items():
-        (logs / f"{name}.json").write_text(text)
-    (logs / "folder.json").mkdir()
-    (logs / "link.json").symlink_to("nowhere")
+        (runs / name).mkdir()
+        (runs / name / "run.json").write_text(text)
+    (runs / "folder" / "run.json").mkdir(parents=True)
+    (runs / "latest").symlink_to(first.parent)
     status, folder = new(tmp_path)
     assert status == 0
     assert list(record.load_submission(folder).seed_results) == ["1"]
     lines = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(": ")[0] for line in lines) == sorted(f"skipped {logs / name}.json" for name in strange)
+    named = sorted(line.split(": ")[0] for line in lines)
+    assert named == sorted(f"skipped {runs / name / 'run.json'}" for name in strange)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"steps": 3}', '{"steps": 3, ', None])
@@ -451,7 +451,7 @@ def test_a_file_that_is_no_run_cannot_be_named_as_one(tmp_path, capsys, text):
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(record.run_types())), VALUES)
 def test_a_run_with_a_value_of_another_type_is_an_error_not_a_crash(tmp_path, name, value):
-    path = run_json(tmp_path / "logs", 1)
+    path = run_json(tmp_path / "runs", 1)
     run = json.loads(path.read_text())
     path.write_text(json.dumps(run | {name: value}))
     status, folder = new(tmp_path, "--runs", str(path))
@@ -460,7 +460,7 @@ def test_a_run_with_a_value_of_another_type_is_an_error_not_a_crash(tmp_path, na
 
 
 def test_the_script_must_be_the_one_that_ran(tmp_path, capsys):
-    path = run_json(tmp_path / "logs", 1, code_sha256="1")
+    path = run_json(tmp_path / "runs", 1, code_sha256="1")
     assert new(tmp_path, "--runs", str(path))[0] == 1
     assert "give --script the one that ran" in capsys.readouterr().err
     script = tmp_path / "train_gpt.py"
@@ -482,7 +482,7 @@ def test_the_script_must_be_the_one_that_ran(tmp_path, capsys):
     ],
 )
 def test_an_option_that_says_nothing_is_refused_by_name(tmp_path, capsys, option, values):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     for value in values:
         assert new(tmp_path, option, value)[0] == 1
         assert option in capsys.readouterr().err
@@ -490,7 +490,7 @@ def test_an_option_that_says_nothing_is_refused_by_name(tmp_path, capsys, option
 
 
 def test_the_author_is_the_one_that_git_knows(tmp_path, capsys, monkeypatch):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     monkeypatch.setattr(submission, "git_user_name", lambda: "")
     assert new(tmp_path, "--author", "")[0] == 1
     assert "--author" in capsys.readouterr().err
@@ -502,15 +502,15 @@ def test_the_author_is_the_one_that_git_knows(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["An Idea!", "../up", "a/b", "日本 v2", "_x", "x" * 80])
 def test_every_folder_that_new_makes_has_a_name_that_verify_accepts(tmp_path, name):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     assert new(tmp_path, "--name", name)[0] == 0
     [folder] = (tmp_path / "records" / "track_non_record_16mb").iterdir()
     assert record.FOLDER_NAME.fullmatch(folder.name)
 
 
 def test_a_record_is_written_whole_or_not_at_all_and_never_over_another(tmp_path, capsys):
-    run_json(tmp_path / "logs", 1)
-    log = run_json(tmp_path / "logs", 2).with_suffix(".txt")
+    run_json(tmp_path / "runs", 1)
+    log = run_json(tmp_path / "runs", 2).with_name("log.txt")
     log.unlink()
     status, folder = new(tmp_path)
     assert status == 1
@@ -525,25 +525,24 @@ def test_a_record_is_written_whole_or_not_at_all_and_never_over_another(tmp_path
 
 
 def test_new_without_a_run_says_so(tmp_path, capsys):
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "runs").mkdir()
     assert new(tmp_path)[0] == 1
     assert "train first" in capsys.readouterr().err
 
 
 def test_the_artifact_is_that_of_whichever_run_still_has_one(tmp_path, capsys):
-    place, data = tmp_path / "out", tmp_path / "shards"
-    for folder in (place, data):
-        folder.mkdir()
+    data = tmp_path / "shards"
+    data.mkdir()
     for name in ("fineweb_val_000000.bin", "manifest.json", "sp.model"):
         (data / name).write_text(name)
-    where = {"artifact_dir": str(place), "data_path": str(data), "tokenizer_path": str(data / "sp.model")}
+    where = {"data_path": str(data), "tokenizer_path": str(data / "sp.model")}
     for seed in (1, 2):
-        run_json(tmp_path / "logs", seed, artifact_sha256=record.sha256(f"weights {seed}".encode()), **where)
-    artifact = place / "final_model.int8.ptz"
+        run_json(tmp_path / "runs", seed, artifact_sha256=record.sha256(f"weights {seed}".encode()), **where)
+    artifact = tmp_path / "runs" / "r2" / "final_model.int8.ptz"
     assert new(tmp_path, "--artifact")[0] == 1
     artifact.write_text("weights of another run")
     assert new(tmp_path, "--artifact")[0] == 1
-    assert str(artifact) in capsys.readouterr().err
+    assert str(artifact.parent) in capsys.readouterr().err
     artifact.write_text("weights 2")
     status, folder = new(tmp_path, "--artifact")
     assert status == 0
@@ -560,7 +559,7 @@ def test_a_folder_is_named_in_latin_letters(name, slug):
 def test_one_artifact_for_two_runs_is_refused(tmp_path, capsys):
     """Two runs in one folder once left one artifact, which both called theirs."""
     for seed in (1, 2):
-        run_json(tmp_path / "logs", seed, artifact_sha256="0")
+        run_json(tmp_path / "runs", seed, artifact_sha256="0")
     status, folder = new(tmp_path)
     assert status == 1
     assert "one and the same artifact" in capsys.readouterr().err
@@ -596,7 +595,7 @@ def tiny(tmp_path: Path, results: Any) -> tuple[int, Path]:
 
 def test_a_record_can_report_the_benchmarks_that_its_track_asks_for(tmp_path):
     for seed in (1, 2):
-        run_json(tmp_path / "logs", seed, eval_seq_len=2048)
+        run_json(tmp_path / "runs", seed, eval_seq_len=2048)
     status, folder = tiny(tmp_path, BENCHMARKS)
     assert status == 0
     s = record.load_submission(folder)
@@ -618,7 +617,7 @@ def test_a_record_can_report_the_benchmarks_that_its_track_asks_for(tmp_path):
     ],
 )
 def test_benchmarks_that_are_not_those_of_the_track_are_refused(tmp_path, capsys, results, named):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     status, folder = tiny(tmp_path, results)
     assert status == 1
     assert named in capsys.readouterr().err
@@ -626,7 +625,7 @@ def test_benchmarks_that_are_not_those_of_the_track_are_refused(tmp_path, capsys
 
 
 def test_benchmarks_go_with_a_track_that_asks_for_them(tmp_path, capsys):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     for options in (["--benchmarks", "file"], ["--track", "track_tiny_100m"]):
         assert new(tmp_path, *options)[0] == 1
         assert "--benchmarks" in capsys.readouterr().err
@@ -635,7 +634,7 @@ def test_benchmarks_go_with_a_track_that_asks_for_them(tmp_path, capsys):
 def test_a_record_of_our_own_lacks_only_its_artifact(tmp_path):
     final = "final_int8_zlib_roundtrip_exact val_loss:2.01000000 val_bpb:1.01000000"
     for seed in (1, 2):
-        run_json(tmp_path / "logs", seed).with_suffix(".txt").write_text(f"{final}\n")
+        run_json(tmp_path / "runs", seed).with_name("log.txt").write_text(f"{final}\n")
     folder = new(tmp_path)[1]
     found = submission.import_published(folder)
     [missing] = found.missing
@@ -662,7 +661,7 @@ def test_reviews_are_kept_in_order(tmp_path):
 
 
 def test_an_objection_can_be_made_and_settled(tmp_path):
-    run_json(tmp_path / "logs", 1)
+    run_json(tmp_path / "runs", 1)
     folder = new(tmp_path)[1]
     for kind in ("disputed", "settled"):
         assert submission.main(["review", str(folder), "--kind", kind, "--reviewer", "b", "--note", "why"]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -384,10 +383,12 @@ def test_stored_model_is_the_average_of_the_weights(monkeypatch, make_setup, dat
 
     monkeypatch.setattr(tg, "build_optimizers", build_with_observer)
     split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {"partial": False})
-    results = tg.train_and_store(setup.run, split, tmp_path / "a.ptz")
+    run = dataclasses.replace(setup.run, hp=dataclasses.replace(setup.run.hp, out_dir=str(tmp_path), run_id="r"))
+    (tmp_path / "r").mkdir()
+    results = tg.train_and_store(run, tg.Data(setup.loader, split))
     assert len(history) == 6
 
-    stored = tg.load_artifact(tmp_path / "a.ptz")
+    stored = tg.load_artifact(results["artifact_path"])
     average = average_of(history, 0.7)
     for name, p in copy_of(stored).items():
         step_of_int8 = average[name].abs().amax(-1, keepdim=True) / 127
@@ -550,6 +551,10 @@ def strict_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+def open_log(folder: Path) -> tg.RunLog:
+    return tg.RunLog(folder, tg.World(), tg.Screen())
+
+
 def scores(run) -> tuple[float, float]:
     """val_loss and val_bpb of the last line."""
     loss, bpb = re.findall(r"val_(?:loss|bpb):(\S+)", run.last_line)
@@ -569,7 +574,10 @@ def test_run_ends_with_the_score_of_its_artifact(trained):
     assert re.fullmatch(pattern + method, trained.last_line)
     assert trained.log == trained.out
     assert trained.err == ""
-    assert sorted(p.name for p in trained.folder.iterdir()) == ["final_model.int8.ptz", "logs"]
+    files = sorted(str(path.relative_to(trained.folder)) for path in trained.folder.rglob("*"))
+    names = ["", "/latest", "/run", "/run/final_model.int8.ptz", "/run/log.txt", "/run/run.json"]
+    assert files == [f"runs{name}" for name in names]
+    assert (trained.folder / "runs" / "latest").samefile(trained.run_folder)
 
 
 def test_run_learns(trained):
@@ -625,7 +633,7 @@ def test_score_of_a_record_is_that_of_its_documents_one_by_one(trained_record, d
 
 
 def test_run_json_holds_settings_identities_seconds_and_bytes(trained, data):
-    results = strict_json(trained.folder / "logs" / "run.json")
+    results = strict_json(trained.run_folder / "run.json")
     for cls in (tg.GPTConfig, tg.Hyperparameters):
         assert {field.name for field in dataclasses.fields(cls)} <= results.keys()
     assert (results["num_layers"], results["model_dim"], results["matrix_lr"]) == (3, 32, 0.04)
@@ -667,16 +675,54 @@ def test_artifact_is_scored_again_to_the_last_digit(trained, trained_record, run
         assert again.results[key] == first.results[key]
 
 
-def test_setting_that_contradicts_the_artifact_is_refused():
-    """Else the log would name a context that was not used. The dtype of activations is free to change."""
+def test_only_the_way_to_score_an_artifact_may_change():
+    """What else its config says is what its weights mean."""
     stored = tg.GPTConfig(eval_seq_len=32, compute_dtype="float32")
-    env = {"EVAL_STRIDE": "8"}
-    with pytest.raises(ValueError, match="EVAL_STRIDE=8 contradicts the artifact's 0: unset it"):
+    env = {"EVAL_STRIDE": "8", "EVAL_METHOD": "flat", "EVAL_SEQ_LEN": "64", "COMPUTE_DTYPE": "bfloat16"}
+    adopted = tg.adopt_config(tg.from_env(tg.GPTConfig, env), stored, env)
+    asked = {"eval_stride": 8, "eval_method": "flat", "eval_seq_len": 64, "compute_dtype": "bfloat16"}
+    assert adopted == dataclasses.replace(stored, **asked)
+
+    # Set, but to what leaves it open.
+    env = {"EVAL_SEQ_LEN": "0", "COMPUTE_DTYPE": "auto"}
+    assert tg.adopt_config(tg.from_env(tg.GPTConfig, env), stored, env) == stored
+
+    env = {"ROPE_DIMS": "8"}
+    with pytest.raises(ValueError, match="ROPE_DIMS=8 contradicts the artifact's 16: unset it"):
         tg.adopt_config(tg.from_env(tg.GPTConfig, env), stored, env)
 
-    env = {"EVAL_SEQ_LEN": "32", "COMPUTE_DTYPE": "bfloat16"}
-    adopted = tg.adopt_config(tg.from_env(tg.GPTConfig, env), stored, env)
-    assert adopted == dataclasses.replace(stored, compute_dtype="bfloat16")
+
+def test_artifact_scored_otherwise_gets_that_score_and_a_warning(trained, run_script, data):
+    """A sliding window of a trained model, as the same loop in plain torch scores it."""
+    unset = {field.name.upper(): None for field in dataclasses.fields(tg.GPTConfig)}
+    settings = {**unset, "DATA_PATH": None, "TOKENIZER_PATH": None, "EVAL_STRIDE": "8"}
+    again = run_script(**settings, EVAL_ARTIFACT=str(trained.run_folder))
+    assert again.status == 0, again.err
+    assert re.search("^warning: this is not how .*: EVAL_STRIDE=8 instead of 0$", again.out, re.MULTILINE)
+
+    model = tg.load_artifact(trained.artifact)
+    ids = torch.from_numpy(data.val.astype("int64"))
+    nats = 0.0
+    with torch.no_grad():
+        # The first window scores all its 32 targets, each later one the 8 that follow.
+        first = 1
+        while first < len(ids):
+            n_targets = 32 if first == 1 else 8
+            stop = min(first + n_targets, len(ids))
+            start = max(0, first + n_targets - 1 - 32)
+            log_p = torch.log_softmax(model(ids[None, start : stop - 1])[0].double(), -1)
+            nats -= float(log_p.gather(1, ids[start + 1 : stop, None])[first - stop :].sum())
+            first = stop
+    assert scores(again)[0] == pytest.approx(nats / (len(ids) - 1), abs=1e-6)
+
+
+def test_folder_without_one_artifact_cannot_be_scored(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder without final_model"):
+        tg.find_artifact(str(tmp_path))
+    for name in ("final_model.int8.ptz", "final_model.float32.ptz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="name one of them"):
+        tg.find_artifact(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -692,7 +738,7 @@ def test_clock_stops_training_within_the_limit(run_script, data):
     run = run_script(MAX_WALLCLOCK_SECONDS="1", ITERATIONS="1000000", VAL_LOSS_EVERY="100", TRAIN_LOG_EVERY="100")
     assert run.status == 0, run.err
     assert 0.5 < run.results["train_seconds"] <= 1.5
-    assert 10 < run.results["steps"] < 1_000_000
+    assert 2 < run.results["steps"] < 1_000_000
     assert f"stopping_early: wallclock_cap train_time:{1000 * run.results['train_seconds']:.0f}ms" in run.out
     sequences_per_epoch = (len(data.train) - 1) // 32
     n_epochs = run.results["steps"] * 8 // sequences_per_epoch
@@ -703,17 +749,15 @@ def test_clock_stops_training_within_the_limit(run_script, data):
 DIVERGE = {"MATRIX_LR": "1000", "MUON_WD": "10", "WARMDOWN_ITERS": "0"}
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_leaves_the_older_artifact(run_script, tmp_path):
-    """Ten minutes on eight GPUs must not end in a file of NaN. Who wants the last good file still has it."""
-    old = tmp_path / "final_model.int8.ptz"
-    old.write_bytes(b"old")
-    run = run_script(**DIVERGE, ARTIFACT_DIR=str(tmp_path))
+def test_loss_that_is_not_finite_stops_the_run(run_script):
+    """Ten minutes on eight GPUs must not end in a file of NaN."""
+    run = run_script(**DIVERGE)
     assert run.status == 1
     [line] = run.err.splitlines()
     assert re.match(r"error: train_loss is (nan|inf) at step \d+ .*MATRIX_LR=1", line)
     assert run.log == run.out + run.err
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-    assert not (run.folder / "logs" / "run.json").exists()
+    assert [path.name for path in run.run_folder.iterdir()] == ["log.txt"]
+    assert not (run.folder / "runs" / "latest").exists()
 
 
 def test_score_that_is_not_finite_stops_the_run(run_script):
@@ -724,13 +768,12 @@ def test_score_that_is_not_finite_stops_the_run(run_script):
     assert run.artifacts == []
 
 
-def test_place_that_cannot_be_written_is_found_before_training(run_script, tmp_path):
+@pytest.mark.parametrize("place", ["file", "file/folder", "/proc"])
+def test_place_that_cannot_be_written_is_found_before_training(run_script, tmp_path, place):
     (tmp_path / "file").write_text("")
-    run = run_script(ARTIFACT_DIR=str(tmp_path / "file"))
-    assert run.status == 1
-    assert "train_loss" not in run.out
-    assert re.search(r"^error: .*file", run.err)
-    assert "Traceback" not in run.err
+    run = run_script(OUT_DIR=str(tmp_path / place))
+    assert (run.status, run.out) == (1, "")
+    assert re.fullmatch(r"error: OUT_DIR=.*(file|proc).* (is a file|cannot be written).*\n", run.err)
 
 
 @pytest.mark.parametrize("codec", ["int8_zlib", "trellis_ans"])
@@ -758,7 +801,7 @@ def test_run_without_steps_scores_the_untrained_model(run_script):
     run = run_script(ITERATIONS="0")
     assert run.status == 0, run.err
     assert scores(run)[0] == pytest.approx(math.log(320), abs=0.1)
-    strict_json(run.folder / "logs" / "run.json")
+    strict_json(run.run_folder / "run.json")
 
 
 @pytest.mark.parametrize("codec", ["int8_zlib", "trellis_ans"])
@@ -788,14 +831,11 @@ def test_mistake_in_the_settings_ends_with_one_line_and_leaves_nothing(run_scrip
     assert list(run.folder.iterdir()) == []
 
 
-def test_run_without_its_data_leaves_a_log_of_its_settings(run_script):
-    """Whoever finds the log of a run that failed sees what was asked of it."""
+def test_run_without_its_data_leaves_nothing(run_script):
     run = run_script(DATA_PATH="nowhere")
-    assert run.status == 1
+    assert (run.status, run.out) == (1, "")
     assert re.fullmatch("error: DATA_PATH='nowhere' .*build_shards.py.*download.py.*\n", run.err)
-    assert run.log == run.out + run.err
-    assert run.log.startswith("preset:baseline seed:1337 settings:")
-    assert "DATA_PATH=nowhere" in run.log
+    assert list(run.folder.iterdir()) == []
 
 
 def test_help_lists_every_setting_and_does_nothing_else(run_script):
@@ -842,25 +882,44 @@ def test_argument_that_is_no_setting_is_refused_and_leaves_nothing(run_script, a
 # -- several runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["txt", "json"])
-def test_run_id_that_has_been_used_is_refused(run_script, tmp_path, suffix):
+def test_run_id_that_has_been_used_is_refused(run_script, tmp_path):
     """Three seeds under one name would leave one log, and nobody would see that two are missing."""
-    earlier = tmp_path / f"run.{suffix}"
+    earlier = tmp_path / "run" / "log.txt"
+    earlier.parent.mkdir()
     earlier.write_text("earlier")
     run = run_script(OUT_DIR=str(tmp_path))
     assert (run.status, run.out) == (1, "")
-    assert re.fullmatch(rf"error: RUN_ID=run .*run\.{suffix}: choose another RUN_ID.*\n", run.err)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+    assert re.fullmatch(rf"error: RUN_ID=run .*{tmp_path}/run: choose another RUN_ID.*\n", run.err)
+    assert earlier.read_text() == "earlier"
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+@pytest.mark.parametrize("run_id", ["..", "a/b", "latest"])
+def test_run_id_names_a_folder_of_its_own(run_id):
+    with pytest.raises(ValueError, match="must name a folder in OUT_DIR"):
+        tg.Hyperparameters(run_id=run_id)
 
 
 def test_two_logs_cannot_be_opened_under_one_name(tmp_path):
-    log = tg.RunLog(tmp_path / "v1.2.txt", tg.World())
+    log = open_log(tmp_path / "v1.2")
     with pytest.raises(ValueError, match=r"^RUN_ID=v1\.2 "):
-        tg.RunLog(tmp_path / "v1.2.txt", tg.World())
-    tg.RunLog(tmp_path / "v1.2.txt", tg.World(rank=1, size=2))("other ranks write nothing")
+        open_log(tmp_path / "v1.2")
+    tg.RunLog(tmp_path / "v1.2", tg.World(rank=1, size=2), tg.Screen())("other ranks write nothing")
     log("one")
     log.close()
-    assert (tmp_path / "v1.2.txt").read_text() == "one\n"
+    assert (tmp_path / "v1.2" / "log.txt").read_text() == "one\n"
+
+
+def test_latest_leads_to_the_last_run_that_finished(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tg.point_to_latest(tmp_path / name)
+        assert (tmp_path / "latest").resolve() == (tmp_path / name).resolve()
+    # Where something else has that name, it stays.
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    tg.point_to_latest(tmp_path / "a")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "b", "latest"]
 
 
 def test_run_without_a_run_id_is_named_after_time_preset_and_seed(data):
@@ -869,35 +928,20 @@ def test_run_without_a_run_id_is_named_after_time_preset_and_seed(data):
     assert re.fullmatch(r"20\d\d-\d\d-\d\d_\d{6}_record_seed5", hp.run_id)
 
 
-def test_second_run_in_a_folder_is_refused_at_once(run_script, tmp_path):
-    """It would replace the artifact of the first, whose log and JSON would then name a file that is gone."""
-    folder = tmp_path / "artifacts"
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a run that trains has it
-    run = run_script(ARTIFACT_DIR=str(folder))
-    assert run.status == 1
-    assert "train_loss" not in run.out
-    assert re.fullmatch(rf"error: ARTIFACT_DIR={folder} is in use: .*another folder.*\n", run.err)
-    os.close(descriptor)
-    assert run_script(ARTIFACT_DIR=str(folder), ITERATIONS="1").status == 0
-
-
-def test_folder_of_artifacts_is_locked_until_the_process_ends(tmp_path):
-    code = (
-        "import sys, pathlib, train_gpt as tg; tg.lock_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+def test_tokenizer_and_vocabulary_are_those_of_the_data(text, run_script, tmp_path):
+    """DATA_PATH alone is enough. What is set wins, and a preset does not."""
+    unset = dict.fromkeys(("TOKENIZER_PATH", "VOCAB_SIZE"))
+    tokenizer = (
+        text.parent.parent / "tokenizers" / json.loads((text / "manifest.json").read_text())["tokenizer"]["file"]
     )
-    env = {"PYTHONPATH": str(Path(tg.__file__).parent)}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    first = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout is not None
-    first.stdout.readline()
-    with pytest.raises(ValueError, match="is in use"):
-        tg.lock_folder(tmp_path)
-    first.kill()
-    first.communicate()
-    tg.lock_folder(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    run = run_script(**unset, DATA_PATH=str(text), ITERATIONS="1")
+    assert run.status == 0, run.err
+    assert run.results["tokenizer_path"] == str(tokenizer)
+    assert run.results["vocab_size"] == tg.load_artifact(run.artifact).config.vocab_size
+    assert run.results["settings_changed"]["VOCAB_SIZE"] == run.results["vocab_size"]
+
+    run = run_script(DATA_PATH=str(text), TOKENIZER_PATH=None, VOCAB_SIZE="77", ITERATIONS="1")
+    assert re.match("error: TOKENIZER_PATH=.* pieces, not VOCAB_SIZE=77", run.err)
 
 
 def test_log_and_json_describe_the_bytes_that_were_scored(trained):
@@ -908,7 +952,7 @@ def test_log_and_json_describe_the_bytes_that_were_scored(trained):
 
 
 def test_artifact_that_another_run_replaced_is_not_scored(fork, tiny_settings, trained, tmp_path):
-    """Where locks do not work: the file of another run takes the place of this one's before it is scored."""
+    """The file of another run takes the place of this one's before it is scored."""
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -931,8 +975,8 @@ except ValueError as error:
     folder.mkdir()
     run = fork(str(script), folder, {**tiny_settings, "ITERATIONS": "1"})
     assert run.status == 1
-    assert "final_model.int8.ptz is not what this run wrote, another replaced it" in run.err
-    assert not (folder / "logs" / "run.json").exists()
+    assert "final_model.int8.ptz is not what this run wrote, something else replaced it" in run.err
+    assert not (folder / "runs" / "run" / "run.json").exists()
 
 
 # -- disks and screens that fail -------------------------------------------------------------------------------------
@@ -951,22 +995,24 @@ def full_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_artifact_that_a_full_disk_does_not_take_is_kept_elsewhere(run_script, full_disk):
-    run = run_script(ARTIFACT_DIR=str(full_disk), ITERATIONS="1")
+    elsewhere = full_disk.with_name("elsewhere")
+    elsewhere.mkdir()
+    run = run_script(tg.__file__, OUT_DIR=str(full_disk), ITERATIONS="1", TMPDIR=str(elsewhere))
     assert run.status == 1
-    kept = run.folder / "logs" / "run.final_model.int8.ptz"
+    kept = elsewhere / "run.final_model.int8.ptz"
     assert run.err == f"error: a disk is full: the artifact is {kept}. The run is complete, move them\n"
-    assert run.log == run.out + run.err
-    assert list(full_disk.iterdir()) == []
+    assert "warning: the weights are not kept before they are quantized" in run.out
+    assert (full_disk / "run" / "log.txt").read_text() == run.out + run.err
     # It is scored, and the results are there.
-    assert run.results["artifact_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
-    assert run.results["val_bpb"] > 0
+    results = strict_json(full_disk / "run" / "run.json")
+    assert results["artifact_sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert results["val_bpb"] > 0
 
 
 def test_results_that_a_full_disk_does_not_take_are_kept_elsewhere(full_disk, hp):
     hp = dataclasses.replace(hp, run_id="r1", out_dir=str(full_disk))
-    path = full_disk / "r1.json"
-    kept = tg.write_somewhere(path, bytes(2**16), hp)
-    assert (kept.name, kept.parent != full_disk) == ("r1.json", True)
+    kept = tg.write_somewhere(full_disk / "run.json", bytes(2**16), hp)
+    assert (kept.name, kept.parent != full_disk) == ("r1.run.json", True)
     assert kept.read_bytes() == bytes(2**16)
     kept.unlink()
 
@@ -1017,7 +1063,7 @@ def test_file_that_a_full_disk_does_not_take_leaves_the_older_one(full_disk):
 def test_log_on_a_full_disk_goes_on_once_there_is_room(full_disk, capsys):
     """Training is worth more than its log."""
     filler = full_disk / "filler"
-    log = tg.RunLog(full_disk / "run.txt", tg.World())
+    log = open_log(full_disk / "run")
     log("one")
     with contextlib.suppress(OSError):
         filler.write_bytes(bytes(2**16))
@@ -1028,13 +1074,13 @@ def test_log_on_a_full_disk_goes_on_once_there_is_room(full_disk, capsys):
     filler.unlink()
     log("four")
     log.close()
-    assert (full_disk / "run.txt").read_text() == f"one\n{long_line}\nthree\nfour\n"
+    assert (full_disk / "run" / "log.txt").read_text() == f"one\n{long_line}\nthree\nfour\n"
 
 
 def test_log_that_stays_incomplete_is_an_error(full_disk):
-    log = tg.RunLog(full_disk / "run.txt", tg.World())
+    log = open_log(full_disk / "run")
     log("x" * 2**16)
-    with pytest.raises(OSError, match=r"run\.txt lacks its last \d+ bytes"):
+    with pytest.raises(OSError, match=r"log\.txt lacks its last \d+ bytes"):
         log.close()
 
 
@@ -1082,10 +1128,10 @@ def test_screen_that_fails_does_not_end_the_run(run_script, tmp_path, data, scre
 
 
 def test_path_that_is_not_utf8_is_logged(tmp_path):
-    log = tg.RunLog(tmp_path / "run.txt", tg.World())
+    log = open_log(tmp_path / "run")
     log("DATA_PATH=\udcff")
     log.close()
-    assert (tmp_path / "run.txt").read_text() == "DATA_PATH=\\udcff\n"
+    assert (tmp_path / "run" / "log.txt").read_text() == "DATA_PATH=\\udcff\n"
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------
@@ -1111,7 +1157,7 @@ def test_compiling_that_does_not_work_is_left_out_with_a_reason(run_script, brok
     where = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": broken_compiler}
     run = run_script(tg.__file__, **where, COMPILE="auto", ITERATIONS="1")
     assert run.status == 0, run.err
-    [line] = re.findall("^compile:0 .*$", run.log, re.MULTILINE)
+    [line] = re.findall("^warning: torch.compile does not work here .*$", run.log, re.MULTILINE)
     assert "fatal error: omp.h" in line
     assert " compiled:0" in run.log
 
@@ -1132,23 +1178,23 @@ def test_temporary_folder_with_a_space_does_not_end_the_run(run_script, tmp_path
     assert run.status == 0, run.err
 
 
-def test_nothing_is_tried_with_compile_0(monkeypatch):
+def test_nothing_is_tried_with_compile_0(monkeypatch, make_setup):
     """It would cost seconds."""
 
     def fail(device: torch.device) -> str:
         raise AssertionError("it was tried")
 
     monkeypatch.setattr(tg, "why_not_compile", fail)
-    assert not tg.wants_compile(tg.Hyperparameters(compile="0"), tg.World(), log0=fail)
+    assert not tg.wants_compile(make_setup("record", compile="0").run)
 
 
-def test_compiler_that_fails_is_told_in_one_line(monkeypatch):
+def test_compiler_that_fails_is_told_in_one_line(monkeypatch, make_setup):
     """And COMPILE=0 is named, with which the run would start."""
     monkeypatch.setattr(tg, "has_compiler", lambda device: True)
     monkeypatch.setattr(tg, "why_not_compile", lambda device: "fatal error: omp.h")
-    lines: list[str] = []
-    assert not tg.wants_compile(tg.Hyperparameters(compile="auto"), tg.World(), lines.append)
-    [line] = lines
-    assert re.match(r"compile:0 .*\(fatal error: omp\.h\).*COMPILE=0", line)
+    setup = make_setup("record", compile="auto")
+    assert not tg.wants_compile(setup.run)
+    [line] = setup.lines
+    assert re.match(r"warning: torch.compile .*\(fatal error: omp\.h\).*COMPILE=0", line)
     with pytest.raises(ValueError, match=r"^COMPILE=1, .*\(fatal error: omp\.h\).*set COMPILE=0$"):
-        tg.wants_compile(tg.Hyperparameters(compile="1"), tg.World(), lines.append)
+        tg.wants_compile(make_setup("record", compile="1").run)

@@ -1,7 +1,7 @@
 """Draw the loss curves of training logs as an SVG file.
 
-    python tools/plot.py --out loss.svg logs/*.txt                    one line for each log
-    python tools/plot.py --out duel.svg --line "new idea" new_*.txt --line baseline base_*.txt
+    python tools/plot.py --out loss.svg runs/*/log.txt                 one line for each log
+    python tools/plot.py --out duel.svg --line "new idea" runs/new_*/log.txt --line baseline runs/base_*/log.txt
 
 Reads logs of this project and of the published challenge (tools/record.py). Runs that share a --line, such as the seeds
 of one experiment, share a colour and a name. A single step's loss is noisy, so each curve is a running mean over
@@ -203,7 +203,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     named = [(name, [Path(path) for path in paths]) for name, *paths in args.line]
-    named += [(path.stem, [path]) for path in args.logs]
+    for path in args.logs:
+        # All runs call their logs alike, but not their folders.
+        name = path.resolve().parent.name if path.name == "log.txt" else path.stem
+        named.append((name, [path]))
     try:
         lines = []
         for number, (name, paths) in enumerate(named):

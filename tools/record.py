@@ -699,7 +699,6 @@ def run_types() -> dict[str, Any]:
         "world_size": int,
         "data_path": str,
         "tokenizer_path": str,
-        "artifact_dir": str,
         "seconds_train": float,
         "seconds_evaluate": float,
         "tokenizer_lossless": Any,  # true, false or "unknown"

@@ -230,9 +230,11 @@ def train_again(training: Training, out: Path, limits: Limits, max_seconds: floa
         "DATA_PATH": "/data",
         "TOKENIZER_PATH": "/data/tokenizer.model",
         "OUT_DIR": "/out",
-        "ARTIFACT_DIR": "/out",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
+
+    if "artifact_dir" in training.settings:  # of an earlier script, which takes another folder for its artifact
+        env["ARTIFACT_DIR"] = "/out"
 
     with (out / "screen.txt").open("w+b") as screen:
         process = Sandboxed(
@@ -280,16 +282,24 @@ def make_decoy(training: Training, folder: Path) -> None:
 
 def read_results(out: Path, seconds: float) -> Retrained:
     """The artifact and the results that a training left; ValueError if it left none."""
-    for path in out.iterdir():
+    folder = out / RUN_ID
+    json_path = folder / "run.json"
+    log_path = folder / "log.txt"
+    if not folder.exists():  # an earlier script
+        folder = out
+        json_path = out / f"{RUN_ID}.json"
+        log_path = out / f"{RUN_ID}.txt"
+    for path in [folder, *folder.iterdir()]:
         if path.is_symlink():
             raise ValueError(f"it left {path.name}, a link, which could lead out of the sandbox")
-    artifacts = [path for path in sorted(out.glob("final_model.*.ptz")) if path.is_file()]
+
+    artifacts = [path for path in sorted(folder.glob("final_model.*.ptz")) if path.is_file()]
     if not artifacts:
         raise ValueError("it left no final_model.*.ptz")
-    run = read_json(out / f"{RUN_ID}.json")
+    run = read_json(json_path)
     if found := run_faults(run):
-        raise ValueError(f"{RUN_ID}.json is not the JSON of a training run: {found[0]}")
-    return Retrained(artifacts[0], run, read_text(out / f"{RUN_ID}.txt"), seconds)
+        raise ValueError(f"{json_path.name} is not the JSON of a training run: {found[0]}")
+    return Retrained(artifacts[0], run, read_text(log_path), seconds)
 
 
 def check_training(submission: Submission, seed: str, retrained: Retrained) -> Check:

@@ -5,10 +5,10 @@
     python tools/submission.py import FOLDER
     python tools/submission.py review FOLDER --kind disputed --reviewer NAME --note "Why."
 
-`new` makes a record's folder (tools/record.py says what is in it). It takes the newest run in logs/ and every other run
+`new` makes a record's folder (tools/record.py says what is in it). It takes the newest run in runs/ and every other run
 there with the same script, settings, data and hardware, so that all seeds that were run are counted and none is chosen.
-Where a seed was run more than once, --runs has to name the runs. With --artifact the record also gets an artifact
-that still lies in the ARTIFACT_DIR of its run, and the validation shards and tokenizer that it was scored on.
+Where a seed was run more than once, --runs has to name the runs. With --artifact the record also gets the artifact
+of a run, and the validation shards and tokenizer that it was scored on.
 
 `import` prints, as JSON, what a folder in the style of the published challenge says under our names, what its logs say
 for each seed, and what it lacks to be a record here.
@@ -79,7 +79,7 @@ def new(args: argparse.Namespace) -> int:
     paths = [Path(path) for path in args.runs]
     if not paths:
         settings = script_settings(script.read_text(encoding="utf-8"))
-        paths = runs_like_the_newest(Path(args.logs), settings)
+        paths = runs_like_the_newest(Path(args.out_dir), settings)
     runs = [read_run(path) for path in paths]
     refuse_repeated_seeds(paths, runs)
 
@@ -174,15 +174,18 @@ def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def runs_like_the_newest(logs: Path, settings: set[str]) -> list[Path]:
-    """The newest training run in a folder, and all runs with the same script, settings, data and hardware.
+def runs_like_the_newest(out_dir: Path, settings: set[str]) -> list[Path]:
+    """The JSON of the newest training run, and of all with the same script, settings, data and hardware.
 
     Runs with other settings are another experiment and are passed over. A run that differs only in its data or
     hardware is left out too, but named on stderr, because its author may not expect that.
     """
-    runs = training_runs(logs)
+    runs = training_runs(out_dir)
     if not runs:
-        raise ValueError(f"{logs} has no JSON of a finished training run: train first, or name runs with --runs")
+        raise ValueError(
+            f"{out_dir} has no folder with the run.json of a finished training: train first, name another --out-dir, "
+            "or name the files with --runs"
+        )
     _, newest = runs[-1]
 
     # The tokenizer's hash is a setting, but another one means other data.
@@ -204,10 +207,11 @@ def runs_like_the_newest(logs: Path, settings: set[str]) -> list[Path]:
     return alike
 
 
-def training_runs(logs: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The whole training runs whose JSON lies in a folder, oldest first. Other JSON files are named on stderr."""
+def training_runs(out_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The whole training runs in an OUT_DIR, oldest first. Files that are not the JSON of a run are named on stderr."""
     found = []
-    files = [path for path in logs.glob("*.json") if path.is_file()]
+    # A link, as runs/latest, leads to a folder that is found under its own name.
+    files = [path for path in out_dir.glob("*/run.json") if path.is_file() and not path.parent.is_symlink()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
             run = read_json(path)
@@ -253,7 +257,7 @@ def refuse_one_artifact(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]
         if other != path:
             raise ValueError(
                 f"{other} and {path} name one and the same artifact, so that one of them did not write it: train that "
-                "seed again, with an ARTIFACT_DIR of its own"
+                "seed again"
             )
 
 
@@ -281,7 +285,7 @@ def fill_record(
     """Write the files of a record called `name` into an empty folder. `paths` lead to the JSON of its runs."""
     runs = [read_json(path) for path in paths]
     for path, run in zip(paths, runs, strict=True):
-        log = path.with_suffix(".txt")
+        log = path.with_name("log.txt")
         if not log.is_file():
             raise ValueError(f"{log} is missing: the log of a run must lie beside its JSON, put it there")
         seed = str(run["seed"])
@@ -290,34 +294,35 @@ def fill_record(
 
     shutil.copyfile(script, script_path(folder))
     if artifact:
-        copy_artifact(folder, submission, runs)
+        copy_artifact(folder, submission, paths)
     save_submission(folder, submission)
     (folder / "README.md").write_text(readme(name, submission, runs[0]), encoding="utf-8")
 
 
-def copy_artifact(folder: Path, submission: Submission, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Copy the first artifact of these runs that still exists, and the validation data of its run."""
+def copy_artifact(folder: Path, submission: Submission, paths: Sequence[Path]) -> None:
+    """Copy the first artifact that lies beside the JSON of these runs, and the validation data of its run."""
     seed_of = {result.artifact_sha256: seed for seed, result in submission.seed_results.items()}
-    places = list(dict.fromkeys(run["artifact_dir"] for run in runs))
-    files = [path for place in places for path in sorted(Path(place).glob("final_model.*.ptz")) if path.is_file()]
-    ours = [path for path in files if sha256(path.read_bytes()) in seed_of]
-    if not ours:
-        found = f"{', '.join(map(str, files))}: of none of these runs" if files else "no artifact"
-        looked_in = ", ".join(str(Path(place).resolve()) for place in places)
-        raise ValueError(
-            f"ARTIFACT_DIR={', '.join(places)}, here {looked_in}, holds {found}. Run this in the folder where the runs "
-            "were started; if a later run replaced the artifact, train one of the seeds again, or drop --artifact"
-        )
-    artifact = ours[0]
-    seed = seed_of[sha256(artifact.read_bytes())]
-    run = next(run for run in runs if str(run["seed"]) == seed)
+    for path in paths:
+        for artifact in sorted(path.parent.glob("final_model.*.ptz")):
+            seed = seed_of.get(sha256(artifact.read_bytes()))
+            if seed is not None:
+                copy_files_of(read_json(path), artifact, folder)
+                print(f"{artifact}: the artifact of seed {seed}")
+                return
+    places = ", ".join(str(path.parent) for path in paths)
+    raise ValueError(
+        f"{places}: there is no artifact of these runs. Put one back to its run.json, train a seed again, or drop "
+        "--artifact"
+    )
 
+
+def copy_files_of(run: Mapping[str, Any], artifact: Path, folder: Path) -> None:
+    """Copy an artifact into the folder of a record, and the validation shards and tokenizer of its run."""
     shutil.copyfile(artifact, folder / artifact.name)
     data_path(folder).mkdir()
     for path in [*Path(run["data_path"]).glob("fineweb_val_*.bin"), Path(run["data_path"], "manifest.json")]:
         shutil.copyfile(path, data_path(folder) / path.name)
     shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
-    print(f"{artifact}: the artifact of seed {seed}")
 
 
 def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
@@ -394,7 +399,8 @@ def repeat_command(folder: str, submission: Submission, run: Mapping[str, Any]) 
     settings["TOKENIZER_PATH"] = f"{tokenizer_folder}/{tokenizer.name}"
     settings["SEED"] = str(run["seed"])
     settings["OUT_DIR"] = "/tmp/again"
-    settings["ARTIFACT_DIR"] = "/tmp/again"
+    if "artifact_dir" in run:  # a setting of earlier scripts, which wrote the artifact to another place than the log
+        settings["ARTIFACT_DIR"] = "/tmp/again"
 
     n = run["world_size"]
     launcher = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
@@ -580,9 +586,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--date", default="", help="YYYY-MM-DD; default: the day of the last run")
     command.add_argument(
-        "--runs", nargs="+", default=[], metavar="JSON", help="default: the newest in --logs and all like it"
+        "--runs", nargs="+", default=[], metavar="JSON", help="default: the newest in --out-dir and all like it"
     )
-    command.add_argument("--logs", default="logs", metavar="DIR")
+    command.add_argument("--out-dir", default="runs", metavar="DIR", help="OUT_DIR of the runs; default: runs")
     command.add_argument("--script", default=str(ROOT / "train_gpt.py"))
     command.add_argument("--records", default=str(RECORDS), metavar="DIR")
     command.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")

@@ -757,7 +757,7 @@ class Screen:
     It is off where the output goes to a file or another program, which get the lines of the log instead.
     """
 
-    BAR = "{desc}{percentage:3.0f} %  {bar:24}  {elapsed}, {remaining} left{postfix}"
+    BAR = "{percentage:3.0f} %  {bar:24}  {elapsed}, {remaining} left{postfix}"
 
     def __init__(self, is_on: bool = False) -> None:
         self.is_on = is_on
@@ -771,12 +771,15 @@ class Screen:
     @contextlib.contextmanager
     def bar(self, phase: str, leave: bool = True) -> Iterator[Advance]:
         """A progress bar, which stays on the screen at its end or not."""
+        # Unlike tqdm, this takes a terminal that does not know its size to have 80 columns and 24 lines.
+        size = shutil.get_terminal_size()
         with tqdm(
             total=1.0,
-            desc=f"{phase:<11}",
-            bar_format=self.BAR,
+            bar_format=f"{phase:<11}{self.BAR}",
             miniters=0,
             leave=leave,
+            ncols=size.columns,
+            nrows=size.lines,
             file=sys.stdout,
             disable=not self.is_on,
         ) as bar:
@@ -2178,6 +2181,8 @@ def train(
             order = ",".join(map(str, run.config.layer_order(looping)))
             run.log0(f"layer_loop:enabled {progress.position(hp)} order:[{order}]")
 
+        if finished:
+            advance(1.0, progress.words(bpb_of_loss, hp))
         if finished and progress.average:
             torch._foreach_copy_(weights, progress.average)
         if finished or (hp.val_loss_every and progress.step % hp.val_loss_every == 0):
@@ -2319,6 +2324,7 @@ def calibrate(model: GPT, loader: Loader, step: int, run: Run, advance: Advance 
         if hp.max_wallclock_seconds and next_would_end > hp.max_wallclock_seconds:
             break
         piece_began = now
+    advance(1.0, "")
 
     moments = {}
     sums: list[Tensor] = []

@@ -77,7 +77,7 @@ def model(small_config, random_model) -> tg.GPT:
     return random_model(small_config)
 
 
-@pytest.fixture(scope="module", params=["int8_zlib", "trellis_ans"])
+@pytest.fixture(scope="module", params=["int8_zlib", "trellis_ans", "float32"])
 def codec(request) -> str:
     return request.param
 
@@ -133,6 +133,14 @@ def memory_below(limit: int) -> Iterator[None]:
 
 
 # -- what is written comes back ------------------------------------------------------------------------------------
+
+
+def test_float32_stores_every_bit(model, tmp_path):
+    (tmp_path / "a.ptz").write_bytes(tg.pack_artifact(model, "float32"))
+    loaded = tg.load_artifact(tmp_path / "a.ptz").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    for name, p in model.state_dict().items():
+        assert torch.equal(loaded[name], p)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3, 1.0, 1e5])

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -1132,6 +1133,123 @@ def test_path_that_is_not_utf8_is_logged(tmp_path):
     log("DATA_PATH=\udcff")
     log.close()
     assert (tmp_path / "run" / "log.txt").read_text() == "DATA_PATH=\\udcff\n"
+
+
+# -- people at a terminal --------------------------------------------------------------------------------------------
+
+
+def run_on_terminal(folder: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run the script with a pseudo terminal for its output. -> status, and what a person saw"""
+    reader, writer = pty.openpty()
+    command = [sys.executable, tg.__file__]
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=writer, stderr=writer, stdin=subprocess.DEVNULL)
+    os.close(writer)
+    seen = b""
+    # Linux says with an error that nobody writes to the terminal any more.
+    with contextlib.suppress(OSError):
+        while piece := os.read(reader, 2**16):
+            seen += piece
+    os.close(reader)
+    return process.wait(60), seen.decode()
+
+
+def test_person_at_a_terminal_sees_no_log(tiny_settings, record_settings, tmp_path):
+    """But a short header, a bar for every long phase, the scores and the files; the log has its lines as ever."""
+    env = {name: value for name, value in {**tiny_settings, **record_settings}.items() if value is not None}
+    env["VAL_LOSS_EVERY"] = "10"
+    status, seen = run_on_terminal(tmp_path, env)
+    assert status == 0, seen
+    log = (tmp_path / "runs" / "run" / "log.txt").read_text()
+    results = strict_json(tmp_path / "runs" / "run" / "run.json")
+    assert not {line for line in log.splitlines() if line and line in seen}
+    assert log.count("train_loss:") == 30
+    for phase in ("training", "calibrating", "quantizing", "scoring"):
+        assert re.search(rf"\r{phase} +100 %", seen), phase
+    header = seen[: seen.index("\rtraining")].strip().splitlines()
+    assert 1 < len(header) <= 8
+    assert max(map(len, header)) <= 120
+    for key in ("untrained_val_bpb", "pre_quant_val_bpb", "val_bpb"):
+        assert f"{results[key]:.4f}" in seen
+    for name in ("final_model.trellis.ptz", "log.txt", "run.json"):
+        assert f"runs/run/{name}" in seen
+
+
+def test_limit_and_warnings_are_seen_at_a_terminal(tiny_settings, tmp_path):
+    env = {**tiny_settings, "MAX_TOTAL_BYTES": "1000", "ITERATIONS": "1", "GATED_ATTENTION": "1"}
+    status, seen = run_on_terminal(tmp_path, env)
+    assert status == 3
+    assert "OVER THE LIMIT of 1,000" in seen
+    assert "warning: these variables are not read" in seen
+
+
+# -- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_survive_when_their_quantizing_is_interrupted(run_script, record_settings):
+    """What was trained is paid for. It can be scored as it is, to the last digit of its own validation."""
+    code = """
+import os, signal, sys, train_gpt as tg
+tg.fit_artifact = lambda *rest: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(tg.main())
+"""
+    run = run_script("-c", code, **{**record_settings, "ITERATIONS": "5"})
+    assert run.status == 130
+    kept = "runs/run/final_model.float32.ptz"
+    assert run.err == f"interrupted: the trained model is {kept}, --eval_artifact={kept} scores it\n"
+    assert run.log.endswith(run.err)
+
+    losses = re.findall(r"step:5/5 val_loss:(\S+)", run.out)
+    again = run_script(**record_settings, EVAL_ARTIFACT=str(run.artifact))
+    assert again.last_line.startswith("final_float32_roundtrip_exact")
+    assert [f"{again.results['val_loss']:.4f}"] == losses
+
+
+def test_interrupted_training_says_that_nothing_was_stored(run_script):
+    code = """
+import os, signal, sys, train_gpt as tg
+tg.train_step = lambda *rest: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(tg.main())
+"""
+    run = run_script("-c", code)
+    assert run.status == 130
+    assert run.err == "interrupted: the log is runs/run/log.txt, no model was stored\n"
+
+
+# -- the device ------------------------------------------------------------------------------------------------------
+
+
+def test_preset_that_is_far_too_large_is_refused_and_another_named(monkeypatch, make_setup):
+    """A step of P parameters takes 6 P operations per token: closed form, with the speed of the device given."""
+    operations = 6 * 1_000_000 * 256
+    setup = make_setup(max_wallclock_seconds=10.0, iterations=1000)
+
+    def steps_fit(n_steps: float) -> None:
+        monkeypatch.setattr(tg, "operations_per_second", lambda *rest: n_steps * operations / 10)
+        tg.require_fast_device(1_000_000, setup.run)
+
+    with pytest.raises(ValueError, match=r"^at most 4 steps of PRESET=baseline fit .* take PRESET=small"):
+        steps_fit(4.5)
+    steps_fit(50.5)
+    [line] = setup.lines
+    assert line.startswith("warning: at most 50 steps")
+    steps_fit(101)
+    assert len(setup.lines) == 1
+
+
+def test_few_steps_that_were_asked_for_are_not_too_few(monkeypatch, make_setup):
+    monkeypatch.setattr(tg, "operations_per_second", lambda *rest: 1e12)
+    tg.require_fast_device(10**9, make_setup(max_wallclock_seconds=10.0, iterations=1).run)
+    tg.require_fast_device(10**9, make_setup(max_wallclock_seconds=0.0, iterations=1000).run)
+
+
+def test_speed_of_the_device_is_that_of_its_matrix_products():
+    """Within a factor of ten: other work may go on beside."""
+    a = torch.ones(512, 512)
+    began = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    measured = 8 * 2 * 512**3 / (time.perf_counter() - began)
+    assert measured / 10 < tg.operations_per_second(CPU, torch.float32) < 10 * measured
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ The script writes to --out, by default the folder that it is in:
     datasets/NAME/manifest.json                  what was built from what
     tokenizers/*.model                           the SentencePiece model
 
-An earlier export of the same name stays as it is until the new one is complete.
+An earlier export of the same name stays as it is until the new one is complete. It is replaced only by one of the same
+text, unless --overwrite allows more.
 
 documents.py reads the input, transforms.py and tokenizer.py turn text into tokens. The output does not depend on the
 number of --workers.
@@ -476,7 +477,10 @@ def train_model(corpus: Corpus, held_out: set[bytes], args: argparse.Namespace) 
 def choose_tokenizer(
     corpus: Corpus, held_out: set[bytes], args: argparse.Namespace, name: str, given: Tokenizer | None
 ) -> Tokenizer:
-    """The given tokenizer, or else a newly trained one, with its path in the folder of tokenizers."""
+    """The given tokenizer, or else a newly trained one, with its path in the folder of tokenizers.
+
+    Raises ValueError if another tokenizer has that path; a trained one may replace it with --overwrite.
+    """
     folder = args.out / "tokenizers"
     if given:
         model = given.model
@@ -488,8 +492,50 @@ def choose_tokenizer(
         # The tokenizer of my_sp1024 is my_1024_bpe.model, as the published ones are called.
         stem = re.sub(r"_sp[0-9]+(?=_|$)", "", name)
         path = folder / f"{stem}_{args.vocab_size}_bpe.model"
+        if path.exists() and path.read_bytes() != model and not args.overwrite:
+            users = ", ".join(data_sets_with(path)) or "perhaps of data that is no longer here"
+            raise ValueError(
+                f"{path} is the tokenizer of {users}, and this text gives another one: choose another --name, or "
+                "replace it with --overwrite; models that were trained with it can then no longer be scored"
+            )
 
     return Tokenizer(model, path)
+
+
+def data_sets_with(tokenizer: Path) -> list[str]:
+    """The names of the data sets whose manifest names this tokenizer."""
+    names = []
+    for path in sorted(tokenizer.parent.parent.glob("datasets/*/manifest.json")):
+        if read_manifest(path).get("tokenizer", {}).get("file") == tokenizer.name:
+            names.append(path.parent.name)
+    return names
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The JSON object in a manifest, or {} if it cannot be read: what then stands there is no export of ours."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["tokenizer"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def require_same_text(folder: Path, corpus: Corpus) -> None:
+    """Raise ValueError if the folder of a data set holds another text than the corpus."""
+    if not any(folder.glob("fineweb_*.bin")):
+        return
+    manifest = read_manifest(folder / "manifest.json")
+    if (manifest.get("source"), manifest.get("revision")) == (corpus.source, corpus.revision()):
+        return
+
+    # The files of one name may have changed.
+    old = manifest.get("source", "shards without a manifest")
+    if old == corpus.source:
+        old += " with other content"
+    raise ValueError(
+        f"{folder} was made from {old}, not from this {corpus.source}: choose another --name, or replace it with "
+        "--overwrite; models that were trained on it can then no longer be scored"
+    )
 
 
 def require_space(folder: Path) -> None:
@@ -520,6 +566,8 @@ def replace_export(unfinished: Path, folder: Path) -> None:
 def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer | None) -> None:
     """Write the tokenizer, the shards and the manifest of one data set, and print a summary."""
     folder = args.out / "datasets" / name
+    if not args.overwrite:
+        require_same_text(folder, corpus)
     held_out = {fingerprint(text) for text in corpus.val()}
     tokenizer = choose_tokenizer(corpus, held_out, args, name, given)
 
@@ -635,6 +683,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--caseops", action="store_true", help="write capitals as operators and small letters")
     parser.add_argument("--published", action="store_true", help="train as the published ones were: NFKC, NOT lossless")
     parser.add_argument("--name", help="name of the data set (default: that of the input and _sp1024)")
+    parser.add_argument("--overwrite", action="store_true", help="replace another text or tokenizer of this name")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")

@@ -191,7 +191,7 @@ def test_a_failed_export_leaves_the_earlier_one_as_it_was(
 
         monkeypatch.setattr(build_shards, "write_shard", write_or_fail)
         message = "fineweb_val_bytes_000000.bin: no space is left on the disk, make room or choose another --out"
-    assert message in message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path)
+    assert message in message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path, "--overwrite")
     assert (read_folder(tmp_path / "datasets"), read_folder(tmp_path / "tokenizers")) == before
     assert build_shards.check(tmp_path / "datasets" / "toy") == []
 
@@ -437,7 +437,7 @@ def test_a_killed_export_leaves_the_earlier_one_and_no_workers_and_is_done_again
     folder = tmp_path / "datasets" / "toy"
     build_shards.main([*map(str, arguments), "--input", str(write_jsonl(tmp_path / "b.jsonl", DOCUMENTS))])
     assert (folder / "manifest.json").exists()
-    command = [sys.executable, build_shards.__file__, *arguments, "--input", source]
+    command = [sys.executable, build_shards.__file__, *arguments, "--input", source, "--overwrite"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / ".unfinished" / "fineweb_train_000003.bin").exists():
@@ -503,7 +503,7 @@ def test_a_validation_document_without_a_token_is_not_lossless(tmp_path: Path) -
     for val_text in (plain, [*plain, "\u200b"]):
         source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
         val = write_jsonl(tmp_path / "val.jsonl", val_text)
-        manifests.append(build(tmp_path, *BUILD, "--published", "--input", source, "--val", val))
+        manifests.append(build(tmp_path, *BUILD, "--published", "--input", source, "--val", val, "--overwrite"))
     assert [manifest["tokenizer"]["lossless"] for manifest in manifests] == [True, False]
     assert [manifest["splits"]["val"]["documents"] for manifest in manifests] == [2, 2]
 

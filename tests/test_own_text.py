@@ -296,7 +296,7 @@ def test_too_many_val_docs_are_told_with_the_number_that_there_is(tmp_path: Path
     build_shards.main([*map(str, arguments), "--val-docs", "20"])
 
 
-# --- Names ---
+# --- Names, and what must not be replaced ---
 
 
 @pytest.mark.parametrize(
@@ -320,3 +320,48 @@ def test_the_data_set_is_named_after_its_input(tmp_path: Path, path: str, option
     args = build_shards.parse_arguments([f"--input={source}", *options])
     assert build_shards.default_name(args, None) == name
     build_shards.check_arguments(build_shards.parse_arguments(["--input", "x.txt", "--name", name]))
+
+
+def test_another_text_does_not_replace_a_data_set(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, seed in (("a.txt", 1), ("b.txt", 2)):
+        (tmp_path / name).write_text(prose(seed, 100))
+    arguments = ["--name", "toy", "--vocab-size", "320", "--out", out]
+    first = build(out, "--input", tmp_path / "a.txt", *arguments[:-2])
+    # The same text again is no harm.
+    assert build(out, "--input", tmp_path / "a.txt", *arguments[:-2]) == first
+
+    folder = out / "datasets" / "toy"
+    message = refusal("--input", tmp_path / "b.txt", *arguments)
+    assert message.startswith(f"{folder} was made from a.txt, not from this b.txt: choose another --name, or replace")
+    (tmp_path / "a.txt").write_text(prose(3, 100))
+    message = refusal("--input", tmp_path / "a.txt", *arguments)
+    assert message.startswith(f"{folder} was made from a.txt with other content, not from this a.txt")
+    assert json.loads((folder / "manifest.json").read_text()) == first
+
+    second = build(out, "--input", tmp_path / "b.txt", *arguments[:-2], "--overwrite")
+    assert second["source"] == "b.txt"
+    assert build_shards.check(folder) == []
+
+    (folder / "manifest.json").unlink()
+    message = refusal("--input", tmp_path / "b.txt", *arguments)
+    assert message.startswith(f"{folder} was made from shards without a manifest, not from this b.txt")
+
+
+def test_a_tokenizer_in_use_is_not_replaced(tmp_path: Path) -> None:
+    """Two names can lead to one tokenizer file, and another split of the same text to another tokenizer."""
+    out = tmp_path / "out"
+    (tmp_path / "a.txt").write_text(prose(1, 100))
+    (tmp_path / "b.txt").write_text(prose(2, 200).upper())
+    options = ["--vocab-size", "320", "--out", out, "--workers", "1"]
+    build_shards.main([*map(str, ["--name", "toy_sp1", "--input", tmp_path / "a.txt", *options])])
+    model = out / "tokenizers" / "toy_320_bpe.model"
+    before = model.read_bytes()
+
+    other = ["--name", "toy_sp2", "--input", tmp_path / "b.txt", *options]
+    message = refusal(*other)
+    assert message.startswith(f"{model} is the tokenizer of toy_sp1, and this text gives another one: choose another")
+    assert model.read_bytes() == before
+    assert not (out / "datasets" / "toy_sp2").exists()
+    build_shards.main([*map(str, other), "--overwrite"])
+    assert model.read_bytes() != before

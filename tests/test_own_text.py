@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 import re
+import shlex
 from pathlib import Path
 
 import build_shards
@@ -17,6 +19,9 @@ from hypothesis import strategies as st
 from shards import read_shard
 from tokenizer import Tokenizer
 
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parents[1]
 BYTE260 = ["--tokenizer", "byte260"]
 SENTENCE = "the cat sat on a mat while its friend ran off to see caf\u00e9s again"
 
@@ -365,3 +370,60 @@ def test_a_tokenizer_in_use_is_not_replaced(tmp_path: Path) -> None:
     assert not (out / "datasets" / "toy_sp2").exists()
     build_shards.main([*map(str, other), "--overwrite"])
     assert model.read_bytes() != before
+
+
+# --- What to type next ---
+
+
+def last_commands(screen: str) -> list[list[str]]:
+    """The commands for training on the screen, as a shell would split them."""
+    return [shlex.split(line) for line in screen.splitlines() if line.startswith("    python ")]
+
+
+def test_the_last_line_trains_on_the_data_from_the_folder_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tree(tmp_path / "my work", {"input.txt": prose(1, 300)})
+    monkeypatch.chdir(folder)
+    build_shards.main(["--input", "input.txt", "--out", ".", *BYTE260, "--workers", "1"])
+    [[python, script, *arguments]] = last_commands(capsys.readouterr().out)
+    assert python == "python"
+    assert Path(script).resolve() == ROOT / "train_gpt.py"
+    assert arguments == ["--preset=smoke", f"--data_path={os.path.join('datasets', 'input_byte260')}"]
+
+    monkeypatch.chdir("/")
+    build_shards.main(["--input", str(folder / "input.txt"), "--out", str(folder), *BYTE260, "--workers", "1"])
+    [[*_, data_path]] = last_commands(capsys.readouterr().out)
+    assert Path(data_path.removeprefix("--data_path=")).resolve() == folder / "datasets" / "input_byte260"
+
+
+@pytest.mark.parametrize(
+    ("train_tokens", "val_tokens", "vocab_size", "presets"),
+    [
+        (400_000, 50_000, 1024, ["smoke"]),
+        (5_000_000, 100_000, 1024, ["smoke", "small"]),
+        (99_000_000, 800_000, 8192, ["smoke", "small"]),
+        (200_000_000, 800_000, 1024, ["smoke", "baseline"]),
+        (200_000_000, 800_000, 8192, ["smoke", "record"]),
+    ],
+)
+def test_the_preset_fits_the_size_of_the_data(
+    capsys: pytest.CaptureFixture[str], train_tokens: int, val_tokens: int, vocab_size: int, presets: list[str]
+) -> None:
+    splits = {"train": {"tokens": train_tokens}, "val": {"tokens": val_tokens}}
+    manifest = {"splits": splits, "tokenizer": {"vocab_size": vocab_size}}
+    build_shards.print_commands(manifest, ROOT / "data" / "datasets" / "x")
+    commands = last_commands(capsys.readouterr().out)
+    assert [command[2] for command in commands] == [f"--preset={preset}" for preset in presets]
+    for command in commands:
+        for argument in command[2:]:
+            assert argument.partition("=")[0].removeprefix("--").upper() in tg.SETTINGS
+    # A laptop must not score the whole split several times.
+    assert any("--val_max_tokens" in argument for argument in commands[0]) == (val_tokens == 800_000)
+
+
+def test_a_text_that_is_too_small_to_train_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("the cat\n")
+    (tmp_path / "b.txt").write_text("the dog\n")
+    build_shards.main(["--input", str(tmp_path), "--out", str(tmp_path / "out"), *BYTE260])
+    assert "tokens are too few to train on: add more text" in capsys.readouterr().out.splitlines()[-1]

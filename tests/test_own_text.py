@@ -14,6 +14,7 @@ from pathlib import Path
 import build_shards
 import documents
 import pytest
+from commands import print_commands
 from hypothesis import given
 from hypothesis import strategies as st
 from shards import read_shard
@@ -412,7 +413,7 @@ def test_the_preset_fits_the_size_of_the_data(
 ) -> None:
     splits = {"train": {"tokens": train_tokens}, "val": {"tokens": val_tokens}}
     manifest = {"splits": splits, "tokenizer": {"vocab_size": vocab_size}}
-    build_shards.print_commands(manifest, ROOT / "data" / "datasets" / "x")
+    print_commands(manifest, ROOT / "data" / "datasets" / "x")
     commands = last_commands(capsys.readouterr().out)
     assert [command[2] for command in commands] == [f"--preset={preset}" for preset in presets]
     for command in commands:

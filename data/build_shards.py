@@ -55,7 +55,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
-from commands import print_commands
+from commands import print_commands, shortest_path
 from documents import (
     PUBLISHED_VAL_DOCS,
     Corpus,
@@ -643,7 +643,8 @@ def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
     tokenizer = manifest["tokenizer"]
     lossless = "lossless" if tokenizer["lossless"] else "NOT lossless"
     print(
-        f"tokenizer: {model}, {tokenizer['vocab_size']} pieces, {lossless} on val, transform {tokenizer['transform']}"
+        f"tokenizer: {shortest_path(model)}, {tokenizer['vocab_size']} pieces, {lossless} on val, "
+        f"transform {tokenizer['transform']}"
     )
     val = manifest["splits"]["val"]
     if val["bytes_given_back"] < val["bytes"]:
@@ -651,7 +652,7 @@ def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
         print(
             f"  its tokens give back {val['bytes_given_back']} bytes of val ({share:.2%}), and only these are counted"
         )
-    print(f"dataset: {folder}")
+    print(f"dataset: {shortest_path(folder)}")
 
 
 def available_cores() -> int:

@@ -9,6 +9,8 @@ import os
 import random
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import build_shards
@@ -428,3 +430,43 @@ def test_a_text_that_is_too_small_to_train_on_is_told(tmp_path: Path, capsys: py
     (tmp_path / "b.txt").write_text("the dog\n")
     build_shards.main(["--input", str(tmp_path), "--out", str(tmp_path / "out"), *BYTE260])
     assert "tokens are too few to train on: add more text" in capsys.readouterr().out.splitlines()[-1]
+
+
+# --- data/README.md ---
+
+
+def readme_commands() -> list[list[str]]:
+    """The commands of data/README.md, without comments."""
+    page = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^ *```bash\n(.*?)```", page, re.S | re.M))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_every_command_of_the_readme_is_one_that_its_script_takes() -> None:
+    import download
+
+    scripts = {"data/build_shards.py": build_shards, "data/download.py": download}
+    n_checked = 0
+    for python, script, *arguments in readme_commands():
+        if script == "train_gpt.py":
+            names = [argument.partition("=")[0].removeprefix("--").upper() for argument in arguments]
+            assert set(names) <= {*tg.SETTINGS, "PRESET"}
+        elif python == "python" and script in scripts:
+            scripts[script].parse_arguments(arguments)
+            n_checked += 1
+    assert n_checked >= 10
+
+
+def test_first_command_of_the_readme_works(tmp_path: Path) -> None:
+    """As typed, but for the text and the folder of the script."""
+    choose = random.Random(0)
+    words = ["".join(choose.choices("etaoinshrdlu", k=5)) for _ in range(2000)]
+    paragraphs = [" ".join(choose.choices(words, k=60)) for _ in range(200)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    _, script, *arguments = readme_commands()[0]
+    command = [sys.executable, str(ROOT / script), *arguments, "--out", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert build_shards.check(tmp_path / "datasets" / "book_sp1024") == []
+    assert "--data_path=" in done.stdout.splitlines()[-1]

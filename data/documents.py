@@ -550,8 +550,8 @@ def spread_split(read: Callable[[], Iterator[str]]) -> Splits:
         found = choice()
         share = found.n_val_bytes / found.n_bytes
         return (
-            f"{count(len(found.positions), 'document')} of {found.n_documents:,}, those whose text has the smallest "
-            f"sha256: {found.n_val_bytes:,} of {found.n_bytes:,} bytes ({share:.1%})"
+            f"{len(found.positions):,} of {found.n_documents:,} documents, those with the smallest sha256: "
+            f"{found.n_val_bytes:,} of {found.n_bytes:,} bytes ({share:.1%})"
         )
 
     return Splits(read_train, held_out, rule)
@@ -761,5 +761,5 @@ def embedded_corpus() -> Corpus:
         revision=platform.python_version,
         licence="Python documentation: PSF License Agreement (https://docs.python.org/3/license.html)",
         document_rule=lambda: "each help topic and the docstrings of each module are a document",
-        val_rule=lambda: f"the documents whose text has the smallest sha256, {EMBEDDED_VAL_SHARE:.0%} of the bytes",
+        val_rule=lambda: f"the documents with the smallest sha256, {EMBEDDED_VAL_SHARE:.0%} of the bytes",
     )

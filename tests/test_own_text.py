@@ -286,7 +286,7 @@ def test_the_split_of_your_own_text_is_in_the_manifest_and_on_the_screen(
     assert [text for text in texts if text in val] == val  # in the order of the input
     n_bytes = sum(len(text.encode()) for text in val)
     assert manifest["val_docs"] == len(val)
-    assert manifest["val_rule"].startswith(f"{len(val)} documents of 302, those whose text has the smallest sha256: ")
+    assert manifest["val_rule"].startswith(f"{len(val)} of 302 documents, those with the smallest sha256: ")
     assert f"{n_bytes:,} of " in manifest["val_rule"]
     assert f"validation: {manifest['val_rule']}" in capsys.readouterr().out
 
@@ -328,6 +328,11 @@ def test_the_data_set_is_named_after_its_input(tmp_path: Path, path: str, option
     args = build_shards.parse_arguments([f"--input={source}", *options])
     assert build_shards.default_name(args, None) == name
     build_shards.check_arguments(build_shards.parse_arguments(["--input", "x.txt", "--name", name]))
+
+
+def test_a_data_set_of_the_hub_is_named_after_its_repository() -> None:
+    args = build_shards.parse_arguments(["--hub", "HuggingFaceFW/fineweb-edu"])
+    assert build_shards.default_name(args, None) == "fineweb-edu_sp1024"
 
 
 def test_another_text_does_not_replace_a_data_set(tmp_path: Path) -> None:

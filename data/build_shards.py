@@ -1,21 +1,30 @@
 """Turn documents into token shards, with a tokenizer that is trained on them or given.
 
     python data/build_shards.py                                    # English from this Python's own documentation
+    python data/build_shards.py --input book.txt                   # your own text: files, or folders of files
     python data/build_shards.py --name my_sp1024 --input a.jsonl b.parquet --val-docs 500
     python data/build_shards.py --name my_sp1024 --input a.jsonl.zst --val held_out.jsonl --tokenizer sp1024.model
     python data/build_shards.py --name edu_sp1024 --hub HuggingFaceFW/fineweb-edu --hub-config sample-10BT
     python data/build_shards.py --check data/datasets/my_sp1024    # does it match its manifest?
 
-The input is .jsonl, .jsonl.gz or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`),
-.txt (one document per file), or a data set of the Hugging Face Hub. Without input, the documents come from the
-documentation of the running Python. The script writes to --out, by default the folder that it is in:
+The input is .txt or .md (a document per file; large files are cut at blank lines into documents of about 4,000 bytes),
+.jsonl, .jsonl.gz or .jsonl.zst (one JSON object per line, with a string `text`), .parquet (column `text`), folders of
+these, or a data set of the Hugging Face Hub. Without input, the documents come from the documentation of the running
+Python.
+
+About 2 % of your own text is held out for validation, chosen by the sha256 of the documents (documents.py has the exact
+rule). Of the documents behind the published shards (docs_selected*) and of a data set of the Hub, it is the first
+50,000 documents, as published; --val-docs N holds out the first N.
+
+The script writes to --out, by default the folder that it is in:
 
     datasets/NAME/fineweb_{train,val}_%06d.bin   shards (shards.py): for each document BOS, then its tokens; no EOS
     datasets/NAME/fineweb_val_bytes_%06d.bin     entry i: source UTF-8 bytes that token i of the val shard gives back
     datasets/NAME/manifest.json                  what was built from what
     tokenizers/*.model                           the SentencePiece model
 
-An earlier export of the same name stays as it is until the new one is complete.
+An earlier export of the same name stays as it is until the new one is complete. It is replaced only by one of the same
+text, unless --overwrite allows more. The last lines are the command that trains on the data.
 
 documents.py reads the input, transforms.py and tokenizer.py turn text into tokens. The output does not depend on the
 number of --workers.
@@ -25,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -45,7 +55,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
-from documents import Corpus, embedded_corpus, file_corpus, file_digest, fingerprint, framed, hub_corpus
+from commands import print_commands, shortest_path
+from documents import (
+    PUBLISHED_VAL_DOCS,
+    Corpus,
+    embedded_corpus,
+    file_corpus,
+    file_digest,
+    fingerprint,
+    framed,
+    hub_corpus,
+    suffix_of,
+)
 from shards import MAX_TOKENS, SHARD_TOKENS, read_shard, write_shard, write_whole
 from tokenizer import (
     SPECIAL_PIECES,
@@ -61,7 +82,7 @@ from tokenizer import (
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 # Goes up whenever equal input can give another output.
-TOOL_VERSION = 3
+TOOL_VERSION = 4
 # How the sidecar counts bytes: those that decoding the tokens gives back. Until version 2 a token counted for all bytes
 # that it covered, also those that its tokenizer loses.
 BYTES_RULE = "decoded"
@@ -75,8 +96,8 @@ BATCH_CHARS = 1_000_000
 POOL_BATCHES = 8
 # What --tokenizer gets for the tokenizer of pure bytes, where others have a file.
 BYTE260 = Path("byte260")
-# Documents for validation, as in the published data sets.
-VAL_DOCS = 50_000
+# Pieces of a tokenizer to train.
+VOCAB_SIZE = 1024
 
 # --- Encode ---
 
@@ -457,7 +478,10 @@ def train_model(corpus: Corpus, held_out: set[bytes], args: argparse.Namespace) 
 def choose_tokenizer(
     corpus: Corpus, held_out: set[bytes], args: argparse.Namespace, name: str, given: Tokenizer | None
 ) -> Tokenizer:
-    """The given tokenizer, or else a newly trained one, with its path in the folder of tokenizers."""
+    """The given tokenizer, or else a newly trained one, with its path in the folder of tokenizers.
+
+    Raises ValueError if another tokenizer has that path; a trained one may replace it with --overwrite.
+    """
     folder = args.out / "tokenizers"
     if given:
         model = given.model
@@ -469,8 +493,50 @@ def choose_tokenizer(
         # The tokenizer of my_sp1024 is my_1024_bpe.model, as the published ones are called.
         stem = re.sub(r"_sp[0-9]+(?=_|$)", "", name)
         path = folder / f"{stem}_{args.vocab_size}_bpe.model"
+        if path.exists() and path.read_bytes() != model and not args.overwrite:
+            users = ", ".join(data_sets_with(path)) or "perhaps of data that is no longer here"
+            raise ValueError(
+                f"{path} is the tokenizer of {users}, and this text gives another one: choose another --name, or "
+                "replace it with --overwrite; models that were trained with it can then no longer be scored"
+            )
 
     return Tokenizer(model, path)
+
+
+def data_sets_with(tokenizer: Path) -> list[str]:
+    """The names of the data sets whose manifest names this tokenizer."""
+    names = []
+    for path in sorted(tokenizer.parent.parent.glob("datasets/*/manifest.json")):
+        if read_manifest(path).get("tokenizer", {}).get("file") == tokenizer.name:
+            names.append(path.parent.name)
+    return names
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The JSON object in a manifest, or {} if it cannot be read: what then stands there is no export of ours."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["tokenizer"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def require_same_text(folder: Path, corpus: Corpus) -> None:
+    """Raise ValueError if the folder of a data set holds another text than the corpus."""
+    if not any(folder.glob("fineweb_*.bin")):
+        return
+    manifest = read_manifest(folder / "manifest.json")
+    if (manifest.get("source"), manifest.get("revision")) == (corpus.source, corpus.revision()):
+        return
+
+    # The files of one name may have changed.
+    old = manifest.get("source", "shards without a manifest")
+    if old == corpus.source:
+        old += " with other content"
+    raise ValueError(
+        f"{folder} was made from {old}, not from this {corpus.source}: choose another --name, or replace it with "
+        "--overwrite; models that were trained on it can then no longer be scored"
+    )
 
 
 def require_space(folder: Path) -> None:
@@ -501,6 +567,8 @@ def replace_export(unfinished: Path, folder: Path) -> None:
 def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer | None) -> None:
     """Write the tokenizer, the shards and the manifest of one data set, and print a summary."""
     folder = args.out / "datasets" / name
+    if not args.overwrite:
+        require_same_text(folder, corpus)
     held_out = {fingerprint(text) for text in corpus.val()}
     tokenizer = choose_tokenizer(corpus, held_out, args, name, given)
 
@@ -518,6 +586,7 @@ def build(corpus: Corpus, args: argparse.Namespace, name: str, given: Tokenizer 
         if not any(folder.iterdir()):
             folder.rmdir()
     print_summary(manifest, tokenizer.path, folder)
+    print_commands(manifest, folder)
 
 
 def write_export(
@@ -539,6 +608,8 @@ def write_export(
         "tool_version": TOOL_VERSION,
         "bytes_rule": BYTES_RULE,
         "sentencepiece_version": spm.__version__,
+        "document_rule": corpus.document_rule(),
+        "val_rule": corpus.val_rule(),
         "val_docs": val.entry["documents"] + val.entry["dropped_documents"] + val.entry["overlap_documents"],
         "tokenizer": {
             "file": tokenizer.path.name,
@@ -555,17 +626,25 @@ def write_export(
 
 
 def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
+    print(f"text: {manifest['source']}")
+    print(f"documents: {manifest['document_rule']}")
+    print(f"validation: {manifest['val_rule']}")
     for name, split in manifest["splits"].items():
         ratio = split["bytes"] / split["tokens"]
         print(
-            f"{name}: {split['documents']} documents, {split['tokens']} tokens, {split['bytes']} bytes, "
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes, "
             f"{ratio:.3f} bytes/token"
         )
-        print(f"  left out: {split['dropped_documents']} without text, {split['overlap_documents']} that val holds")
+        if split["dropped_documents"] or split["overlap_documents"]:
+            print(
+                f"  left out: {split['dropped_documents']:,} without text, "
+                f"{split['overlap_documents']:,} that val holds"
+            )
     tokenizer = manifest["tokenizer"]
     lossless = "lossless" if tokenizer["lossless"] else "NOT lossless"
     print(
-        f"tokenizer: {model}, {tokenizer['vocab_size']} pieces, {lossless} on val, transform {tokenizer['transform']}"
+        f"tokenizer: {shortest_path(model)}, {tokenizer['vocab_size']} pieces, {lossless} on val, "
+        f"transform {tokenizer['transform']}"
     )
     val = manifest["splits"]["val"]
     if val["bytes_given_back"] < val["bytes"]:
@@ -573,7 +652,7 @@ def print_summary(manifest: dict[str, Any], model: Path, folder: Path) -> None:
         print(
             f"  its tokens give back {val['bytes_given_back']} bytes of val ({share:.2%}), and only these are counted"
         )
-    print(f"dataset: {folder}")
+    print(f"dataset: {shortest_path(folder)}")
 
 
 def available_cores() -> int:
@@ -585,20 +664,29 @@ def available_cores() -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--input", nargs="+", type=Path, default=[], metavar="FILE", help="documents")
+    source.add_argument("--input", nargs="+", type=Path, default=[], metavar="PATH", help="files or folders")
     source.add_argument("--hub", metavar="REPO", help="data set on the Hub; its train split is streamed")
     parser.add_argument("--hub-config", metavar="NAME", help="configuration of that data set: sample-10BT ...")
     parser.add_argument("--hub-revision", metavar="REV", help="its branch, tag or commit (default: the newest)")
     held_out = parser.add_mutually_exclusive_group()
-    held_out.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents")
-    held_out.add_argument("--val-docs", type=int, metavar="N", help=f"validate on the first N (default: {VAL_DOCS})")
+    held_out.add_argument("--val", nargs="+", type=Path, default=[], metavar="PATH", help="validation documents")
+    held_out.add_argument(
+        "--val-docs",
+        type=int,
+        metavar="N",
+        help="validate on the first N documents (default: some 2 %% of them, chosen by hash; the first "
+        f"{PUBLISHED_VAL_DOCS} of docs_selected* and --hub)",
+    )
     parser.add_argument("--max-docs", type=int, metavar="N", help="read the first N documents, validation included")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, with the attribution it asks for")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="reuse this SentencePiece model, or byte260")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer to train")
+    parser.add_argument(
+        "--vocab-size", type=int, default=VOCAB_SIZE, help="pieces of the tokenizer to train (default: 1024)"
+    )
     parser.add_argument("--caseops", action="store_true", help="write capitals as operators and small letters")
     parser.add_argument("--published", action="store_true", help="train as the published ones were: NFKC, NOT lossless")
-    parser.add_argument("--name", help="name of the data set (default: pydoc_sp1024 for the embedded corpus)")
+    parser.add_argument("--name", help="name of the data set (default: that of the input and _sp1024)")
+    parser.add_argument("--overwrite", action="store_true", help="replace another text or tokenizer of this name")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
@@ -613,14 +701,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     if not (args.input or args.hub) and (args.val or args.val_docs or args.max_docs):
-        raise ValueError("--val, --val-docs and --max-docs need --input FILE: the embedded corpus brings its own split")
+        raise ValueError("--val, --val-docs and --max-docs need --input PATH: the embedded corpus brings its own split")
     if args.hub and args.val:
-        raise ValueError("--val needs --input FILE: with --hub, --val-docs N are the first documents of the data set")
+        raise ValueError("--val needs --input PATH: with --hub, --val-docs N are the first documents of the data set")
     if (args.hub_config or args.hub_revision) and not args.hub:
         raise ValueError("--hub-config and --hub-revision need --hub REPO")
-    if (args.input or args.hub or args.tokenizer) and not args.name:
+    if args.tokenizer and not (args.name or args.input or args.hub):
         raise ValueError(
-            "--input, --hub and --tokenizer need --name NAME: the data set must not replace the embedded one"
+            "--tokenizer needs --name NAME or --input PATH: the data set must not replace the embedded one"
         )
     if args.name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", args.name):
         raise ValueError(f"--name={args.name!r} must be a folder name of letters, digits, dots, dashes and underscores")
@@ -634,9 +722,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--tokenizer={args.tokenizer} does not exist or is not a file: check the path")
 
 
-def default_name(args: argparse.Namespace) -> str:
-    """The name of the embedded corpus with a tokenizer of this kind."""
-    name = f"pydoc_sp{args.vocab_size}"
+def default_name(args: argparse.Namespace, given: Tokenizer | None) -> str:
+    """A name for the data set: that of the first input, and the kind of tokenizer."""
+    name = "pydoc"
+    if args.hub:
+        name = args.hub.rpartition("/")[2]
+    elif args.input:
+        first = args.input[0].resolve()
+        suffix = suffix_of(first) if first.is_file() else ""
+        name = first.name[: len(first.name) - len(suffix)]
+        # Shells and other tools should take the name as it is.
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "text"
+
+    if args.tokenizer == BYTE260:
+        return f"{name}_byte260"
+    name += f"_sp{given.sp.get_piece_size() if given else args.vocab_size}"
     if args.caseops:
         name += "_caseops"
     if args.published:
@@ -645,11 +745,11 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def find_corpus(args: argparse.Namespace) -> Corpus:
-    val_docs = args.val_docs or VAL_DOCS
     if args.hub:
+        val_docs = args.val_docs or PUBLISHED_VAL_DOCS
         return hub_corpus(args.hub, args.hub_config, args.hub_revision, val_docs, args.max_docs, args.licence)
     if args.input:
-        return file_corpus(args.input, args.val, val_docs, args.max_docs, args.licence)
+        return file_corpus(args.input, args.val, args.val_docs, args.max_docs, args.licence)
     return embedded_corpus()
 
 
@@ -663,13 +763,17 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.check} is what its manifest says")
         else:
             check_arguments(args)
-            name = args.name or default_name(args)
             # What is wrong with the folders or the tokenizer should be known before the work on the documents.
+            given = given_tokenizer(args)
+            name = args.name or default_name(args, given)
             require_space(args.out / "datasets" / name)
             require_space(args.out / "tokenizers")
-            given = given_tokenizer(args)
             build(find_corpus(args), args, name, given)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"{error.filename or args.out}: no space is left on the disk, make room or choose another --out")
+        sys.exit(str(error))
+    except ValueError as error:
         sys.exit(str(error))
 
 

@@ -1,6 +1,7 @@
 """Fetch published token shards from a Hugging Face dataset repository and prove that they are the published bytes.
 
     python data/download.py --variant sp1024 --train-shards 80   # shards, validation split and tokenizer
+    python data/download.py --variant sp8192                     # from a mirror, because the challenge has none
     python data/download.py --list                               # the variants and sizes that the repository has
     python data/download.py --variant sp1024 --offline           # no network: verify what is here
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import sentencepiece as spm
+from commands import print_commands
 from documents import file_digest
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
@@ -50,7 +52,10 @@ from shards import HEADER_BYTES, read_shard, write_whole
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 REPO_ID = "willdepueoai/parameter-golf"
-LICENCES = {REPO_ID: "FineWeb, ODC-By 1.0"}
+# Where variants are that the repository of the challenge lacks. Members of the community made them; the authors of the
+# challenge have neither signed nor checked them.
+MIRRORS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
+LICENCES = dict.fromkeys([REPO_ID, *MIRRORS.values()], "FineWeb, ODC-By 1.0")
 DEFAULT_TRAIN_SHARDS = 80  # as in the published script
 DOCS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 
@@ -209,8 +214,11 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) is None
 
 
-def with_retries(what: str, call: Callable[[], T]) -> T:
-    """Return `call()`, repeating it after faults that may pass. Raises OSError, in one sentence about `what`."""
+def with_retries(what: str, call: Callable[[], T], remedy: str) -> T:
+    """Return `call()`, repeating it after faults that may pass.
+
+    Raises OSError, in one sentence about `what`, which ends with `remedy` if another try may help.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
@@ -223,9 +231,9 @@ def with_retries(what: str, call: Callable[[], T]) -> T:
             if not is_transient(error):
                 raise OSError(f"{what} could not be fetched ({reason}): remove the cause and run it again") from error
             if attempt == ATTEMPTS:
-                raise OSError(
-                    f"{what} could not be fetched ({reason}): run the same command again to continue"
-                ) from error
+                raise OSError(f"{what} could not be fetched ({reason}): {remedy}") from error
+            if attempt == 1:
+                tqdm.write(f"{what} could not be fetched ({reason}): trying again", file=sys.stderr)
             # The pause is partly random, so that the threads do not all come back at the same moment.
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1))
     raise AssertionError("the last attempt returns or raises")
@@ -235,10 +243,14 @@ def list_files(repo: str, root: str, revision: str) -> tuple[Source, dict[str, I
     """The commit that `revision` names now, and those of its files that this script knows, by path below the root."""
     api = HfApi()
     what = f"the dataset repository {repo} at revision {revision}"
-    sha = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha)
+    # Nothing is here yet that could be continued.
+    remedy = "check the network and run the command again"
+    sha = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha, remedy)
     if not sha:
         raise ValueError(f"{what} has no commit: check HF_ENDPOINT")
-    tree = with_retries(what, lambda: [*api.list_repo_tree(repo, recursive=True, revision=sha, repo_type="dataset")])
+    tree = with_retries(
+        what, lambda: [*api.list_repo_tree(repo, recursive=True, revision=sha, repo_type="dataset")], remedy
+    )
 
     prefix = f"{root}/" if root else ""
     files = {}
@@ -288,7 +300,7 @@ def fetch(source: Source, item: Item, part: Path, bar: tqdm) -> None:
 
     # The half file of an earlier call may have been damaged since, so wrong content gets a second chance.
     for _ in range(2):
-        with_retries(f"{remote} of {source.repo}", continue_part)
+        with_retries(f"{remote} of {source.repo}", continue_part, "run the same command again to continue")
         digest = item_digest(part, item.digest_kind)
         if digest == item.digest:
             return
@@ -527,10 +539,32 @@ def write_manifest(store: Store, source: Source, dataset: str, items: list[Item]
 # --- Main ---
 
 
+def dataset_names(files: dict[str, Item]) -> set[str]:
+    return {item.dataset for item in files.values()} - {""}
+
+
+def find_source(args: argparse.Namespace) -> tuple[Source, dict[str, Item]]:
+    """Where the variant is, and the files that are there.
+
+    That is the repository which the user names. Without one it is that of the challenge, or a known mirror if that
+    lacks the variant.
+    """
+    source, files = list_files(args.repo or REPO_ID, args.root, args.revision)
+    mirror = MIRRORS.get(short_name(args.variant))
+    if args.repo or not mirror or short_name(args.variant) in map(short_name, dataset_names(files)):
+        return source, files
+
+    print(
+        f"{source.repo}, the repository of the challenge, has no {args.variant}. Taking it from {mirror}, "
+        "a mirror by a member of the community, which the authors of the challenge have not signed."
+    )
+    return list_files(mirror, args.root, args.revision)
+
+
 def download(args: argparse.Namespace, store: Store) -> tuple[str, list[Item]]:
     """Bring what the arguments ask for to the state of the repository. -> the data set, its files"""
-    source, files = list_files(args.repo, args.root, args.revision)
-    dataset = find_dataset(args.variant, {item.dataset for item in files.values()} - {""}, str(source))
+    source, files = find_source(args)
+    dataset = find_dataset(args.variant, dataset_names(files), str(source))
 
     named: set[str] = set()
     if "manifest.json" in files and not args.skip_manifest:
@@ -587,7 +621,7 @@ def print_list(source: Source, files: dict[str, Item]) -> None:
     print(source)
     line = "{:<20} {:<32} {:>12} {:>15} {:>13} {:>12}".format
     print(line("variant", "data set", "train shards", "train tokens", "val tokens", "size"))
-    for dataset in sorted({item.dataset for item in files.values()} - {""}):
+    for dataset in sorted(dataset_names(files)):
         items = [item for item in files.values() if item.dataset == dataset]
         train = [item for item in items if item.split == "train"]
         val = [item for item in items if item.split == "val"]
@@ -617,8 +651,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="hash every file, also if it looks unchanged")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds datasets/ and tokenizers/")
     parser.add_argument("--jobs", type=int, default=8, metavar="N", help="files fetched at a time (default: 8)")
-    repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", REPO_ID)
-    parser.add_argument("--repo", default=repo, help=f"default: MATCHED_FINEWEB_REPO_ID, else {REPO_ID}")
+    repo = os.environ.get("MATCHED_FINEWEB_REPO_ID")
+    mirrors = ", ".join(f"for {variant} {mirror}" for variant, mirror in MIRRORS.items())
+    parser.add_argument(
+        "--repo", default=repo, help=f"default: MATCHED_FINEWEB_REPO_ID, else {REPO_ID}, but {mirrors} (unsigned)"
+    )
     root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
     parser.add_argument("--root", default=root, help="default: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, else datasets")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
@@ -647,7 +684,11 @@ def run(args: argparse.Namespace) -> None:
     if args.list and args.offline:
         raise ValueError("--list asks the repository: leave out --offline")
     if args.list:
-        print_list(*list_files(args.repo, args.root, args.revision))
+        source, files = list_files(args.repo or REPO_ID, args.root, args.revision)
+        print_list(source, files)
+        if not args.repo:
+            for variant, mirror in MIRRORS.items():
+                print(f"elsewhere: {variant}, from the unsigned mirror {mirror}, with --variant {variant}")
         return
 
     store = Store(args.out, args.verify)
@@ -656,7 +697,11 @@ def run(args: argparse.Namespace) -> None:
     n_train = sum(item.split == "train" for item in items)
     print(f"verified: {len(items)} files, {human(sum(item.size for item in items))}, {n_train} train shards")
     print(f"tokenizer: {args.out / tokenizer_path(items)}")
-    print(f"dataset: {args.out / 'datasets' / dataset}")
+    folder = args.out / "datasets" / dataset
+    print(f"dataset: {folder}")
+    manifest = read_manifest(folder / "manifest.json")
+    if n_train and isinstance(manifest["tokenizer"]["vocab_size"], int):
+        print_commands(manifest, folder)
 
 
 def main(argv: list[str] | None = None) -> None:

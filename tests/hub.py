@@ -38,7 +38,10 @@ class Request(NamedTuple):
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` (path -> content) as the dataset repository `repo`; each `commit` is a new revision."""
+    """Serves `files` (path -> content) as the dataset repository `repo`; each `commit` is a new revision.
+
+    `mirrors` are other repositories: name -> revision.
+    """
 
     daemon_threads = True
 
@@ -50,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.declared_sizes: dict[str, int] = {}
         self.log: list[Request] = []
         self.revisions: dict[str, dict[str, bytes]] = {}
+        self.mirrors: dict[str, str] = {}
         self.closing = threading.Event()
         self.commit(files)
 
@@ -108,14 +112,14 @@ class Handler(BaseHTTPRequestHandler):
         if content := re.fullmatch(r"/content/([0-9a-f]{40})/(.+)", path):
             self.send_content(*content.groups())
             return
-        parts = re.fullmatch(
-            rf"(/api)?/datasets/{hub.repo}(?:/(revision|tree|paths-info|resolve)/([^/]+)/?(.*))?", path
-        )
+        heads = {hub.repo: hub.sha, **hub.mirrors}
+        repos = "|".join(map(re.escape, heads))
+        parts = re.fullmatch(rf"(/api)?/datasets/({repos})(?:/(revision|tree|paths-info|resolve)/([^/]+)/?(.*))?", path)
         if not parts:
             self.send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             return
-        api, kind, revision, rest = parts.groups(default="")
-        sha = hub.sha if revision in ("", "main") else revision
+        api, repo, kind, revision, rest = parts.groups(default="")
+        sha = heads[repo] if revision in ("", "main") else revision
         if sha not in hub.revisions:
             self.send_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif kind == "resolve":
@@ -129,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json([self.entry(sha, path) for path in paths if path in hub.revisions[sha]])
         else:
             names = [{"rfilename": name} for name in hub.revisions[sha]]
-            self.send_json({"id": hub.repo, "sha": sha, "private": False, "tags": [], "siblings": names})
+            self.send_json({"id": repo, "sha": sha, "private": False, "tags": [], "siblings": names})
 
     def api_fault(self, path: str) -> bool:
         self.server.log.append(Request(self.command, path, ""))

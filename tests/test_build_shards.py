@@ -190,8 +190,8 @@ def test_a_failed_export_leaves_the_earlier_one_as_it_was(
             write(path, tokens)
 
         monkeypatch.setattr(build_shards, "write_shard", write_or_fail)
-        message = "No space left on device"
-    assert message in message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path)
+        message = "fineweb_val_bytes_000000.bin: no space is left on the disk, make room or choose another --out"
+    assert message in message_of(*BUILD, "--input", source, "--val-docs", "5", "--out", tmp_path, "--overwrite")
     assert (read_folder(tmp_path / "datasets"), read_folder(tmp_path / "tokenizers")) == before
     assert build_shards.check(tmp_path / "datasets" / "toy") == []
 
@@ -405,14 +405,14 @@ def test_a_copy_of_a_validation_document_in_other_spelling_is_dropped_from_train
     assert manifest["splits"]["val"]["documents"] == 2
 
 
-def test_the_first_documents_are_held_out_by_default_and_max_docs_cuts_the_input(
+def test_of_the_published_documents_the_first_are_held_out_and_max_docs_cuts_the_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert build_shards.VAL_DOCS == 50_000
-    monkeypatch.setattr(build_shards, "VAL_DOCS", 7)
-    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    assert documents.PUBLISHED_VAL_DOCS == 50_000
+    monkeypatch.setattr(documents, "PUBLISHED_VAL_DOCS", 7)
+    source = write_jsonl(tmp_path / "docs_selected.jsonl", DOCUMENTS)
     manifest = build(tmp_path, "--name", "toy", "--tokenizer", "byte260", "--input", source, "--max-docs", "10")
-    assert manifest["val_docs"] == 7
+    assert (manifest["val_docs"], manifest["val_rule"]) == (7, "the first 7 documents")
     for split, texts in (("val", DOCUMENTS[:7]), ("train", DOCUMENTS[7:10])):
         s = manifest["splits"][split]
         assert (s["documents"], s["bytes"], s["text_sha256"]) == recount(texts)
@@ -437,7 +437,7 @@ def test_a_killed_export_leaves_the_earlier_one_and_no_workers_and_is_done_again
     folder = tmp_path / "datasets" / "toy"
     build_shards.main([*map(str, arguments), "--input", str(write_jsonl(tmp_path / "b.jsonl", DOCUMENTS))])
     assert (folder / "manifest.json").exists()
-    command = [sys.executable, build_shards.__file__, *arguments, "--input", source]
+    command = [sys.executable, build_shards.__file__, *arguments, "--input", source, "--overwrite"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / ".unfinished" / "fineweb_train_000003.bin").exists():
@@ -453,7 +453,7 @@ def test_a_killed_export_leaves_the_earlier_one_and_no_workers_and_is_done_again
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (folder / ".fineweb_train_000004.bin.123.tmp").write_bytes(b"half")
-    manifest = build(tmp_path, *settings, "--input", tmp_path / "b.jsonl")
+    manifest = build(tmp_path, *settings, "--input", tmp_path / "b.jsonl")  # the text that is there
     assert build_shards.check(folder) == []
     listed = {name for s in manifest["splits"].values() for name in s["files"]}
     assert {file.name for file in folder.iterdir()} == {*listed, "manifest.json"}
@@ -503,7 +503,7 @@ def test_a_validation_document_without_a_token_is_not_lossless(tmp_path: Path) -
     for val_text in (plain, [*plain, "\u200b"]):
         source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
         val = write_jsonl(tmp_path / "val.jsonl", val_text)
-        manifests.append(build(tmp_path, *BUILD, "--published", "--input", source, "--val", val))
+        manifests.append(build(tmp_path, *BUILD, "--published", "--input", source, "--val", val, "--overwrite"))
     assert [manifest["tokenizer"]["lossless"] for manifest in manifests] == [True, False]
     assert [manifest["splits"]["val"]["documents"] for manifest in manifests] == [2, 2]
 
@@ -705,11 +705,16 @@ def message_of(*arguments: str | Path) -> str:
         ("a.txt", "caf\xe9".encode("utf-16"), "a.txt holds UTF-16 text"),
         ("a.txt", gzip.compress(LINE, mtime=0), "a.txt holds gzip data"),
         ("a.parquet", b"PAR1 and no more", "a.parquet is damaged or cut off behind row 0"),
-        ("a.csv", b"text\n", "a.csv has an unknown suffix: use one of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt"),
+        (
+            "a.csv",
+            b"text\n",
+            "a.csv has an unknown suffix: use one of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md",
+        ),
         ("a.zst", b"", "a.zst has an unknown suffix"),
         ("a.jsonl.zst", b"plain text", "a.jsonl.zst is not zstandard data"),
         ("a.parquet", b"plain text", "a.parquet is not a parquet file"),
-        ("a.jsonl", b"", "the train split has no text"),
+        ("a.jsonl", b"", "the input has 0 documents, and one must be held out for validation: name more text"),
+        ("a.jsonl", LINE + b'{"text": ""}\n', "the train split has no text"),
     ],
 )
 def test_bad_documents_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -762,11 +767,10 @@ def test_a_missing_package_is_named_with_its_install_command(
         (["--input", "a.jsonl", "--val-docs", "-1", "--name", "toy"], "--val-docs=-1 must be at least 1"),
         (["--workers", "0"], "--workers=0 must be at least 1"),
         (["--max-docs", "0"], "--max-docs=0 must be at least 1"),
-        (["--val", "a.jsonl"], "--val, --val-docs and --max-docs need --input FILE"),
-        (["--hub", "a/b", "--name", "toy", "--val", "a.jsonl"], "--val needs --input FILE: with --hub"),
+        (["--val", "a.jsonl"], "--val, --val-docs and --max-docs need --input PATH"),
+        (["--hub", "a/b", "--name", "toy", "--val", "a.jsonl"], "--val needs --input PATH: with --hub"),
         (["--hub-config", "sample"], "--hub-config and --hub-revision need --hub REPO"),
-        (["--hub", "a/b"], "need --name NAME"),
-        (["--input", "a.jsonl", "--val-docs", "1"], "need --name NAME"),
+        (["--tokenizer", "byte260"], "--tokenizer needs --name NAME or --input PATH"),
         (["--published", "--caseops"], "--published trains its own tokenizer"),
         (["--tokenizer", "byte260", "--name", "toy", "--caseops"], "has no pieces for the operators of --caseops"),
         (["--name", "../up"], "--name='../up' must be a folder name"),

@@ -119,6 +119,7 @@ def hub(server, published) -> Hub:
     server.commit(published)
     server.faults.clear()
     server.declared_sizes.clear()
+    server.mirrors.clear()
     server.log.clear()
     return server
 
@@ -280,6 +281,65 @@ def test_the_manifest_is_one_that_training_accepts(finished, tokenizer, hub) -> 
     assert manifest["splits"]["train"]["tokens"] == 4 * 500
     identity = tg.check_manifest(folder, [folder / "fineweb_val_000000.bin"], manifest["tokenizer"]["sha256"])
     assert identity == {"val_text_sha256": "unknown", "tokenizer_lossless": False}
+
+
+@pytest.fixture
+def mirrored(hub, published) -> Hub:
+    """The repository of the challenge, which lacks sp8192, and the mirror that has it."""
+
+    def renamed(path: str) -> str:
+        return path.replace("sp320", "sp8192").replace("fineweb_320", "fineweb_8192")
+
+    mirror = {renamed(path): content for path, content in published.items() if not path.endswith("/manifest.json")}
+    hub.mirrors[download.MIRRORS["sp8192"]] = hub.commit(mirror)
+    hub.mirrors[download.REPO_ID] = hub.commit(published)
+    return hub
+
+
+@pytest.mark.parametrize("variant", ["sp8192", "fineweb10B_sp8192"])
+def test_a_variant_that_the_challenge_lacks_comes_from_its_mirror(run, mirrored, tmp_path, variant) -> None:
+    done = run("--variant", variant, "--train-shards", "1", MATCHED_FINEWEB_REPO_ID="")
+    assert f"has no {variant}. Taking it from kevclark/parameter-golf" in done.stdout
+    assert "not signed" in done.stdout
+    folder = tmp_path / "data" / "datasets" / "fineweb10B_sp8192"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert "kevclark/parameter-golf" in manifest["source"]
+    assert manifest["revision"] == mirrored.mirrors["kevclark/parameter-golf"]
+    for split in manifest["splits"].values():
+        for name, sha256 in split["files"].items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+
+
+def test_what_the_challenge_has_does_not_come_from_a_mirror(run, mirrored, published, tmp_path) -> None:
+    done = run("--train-shards", "1", MATCHED_FINEWEB_REPO_ID="")
+    assert "mirror" not in done.stdout
+    assert_published(tmp_path / "data", published, 1)
+
+
+def test_a_repository_that_is_named_wins_over_the_mirror(run, mirrored, tmp_path) -> None:
+    for settings in ({"MATCHED_FINEWEB_REPO_ID": mirrored.repo}, {"MATCHED_FINEWEB_REPO_ID": ""}):
+        options = [] if settings["MATCHED_FINEWEB_REPO_ID"] else ["--repo", mirrored.repo]
+        error = run("--variant", "sp8192", *options, status=1, **settings).stderr
+        assert f"--variant='sp8192' is not in {mirrored.repo}" in error
+    assert not (tmp_path / "data" / "datasets").exists()
+
+
+def test_the_list_names_the_mirrors(run, mirrored) -> None:
+    lines = run("--list", MATCHED_FINEWEB_REPO_ID="").stdout.splitlines()
+    assert "elsewhere: sp8192, from the unsigned mirror kevclark/parameter-golf, with --variant sp8192" in lines
+
+
+def test_a_hub_that_cannot_be_reached_leaves_nothing_to_continue(run, hub) -> None:
+    hub.faults = {"/api": [Fault(500)] * download.ATTEMPTS}
+    *hints, error = run(status=1).stderr.splitlines()
+    assert error.endswith("check the network and run the command again")
+    assert [hint.endswith("trying again") for hint in hints] == [True]
+
+
+def test_the_last_line_trains_on_the_shards(run, hub, published, tmp_path) -> None:
+    hub.commit({**published, SHARDS + "fineweb_train_000000.bin": shard(tmp_path / "x.bin", np.arange(3000) % 320)})
+    *_, line = run("--train-shards", "1").stdout.splitlines()
+    assert line.endswith(f"--preset=smoke --data_path={tmp_path / 'data' / FOLDER}".rstrip("/"))
 
 
 def test_list_shows_what_the_repository_has(run, hub, tmp_path) -> None:

@@ -65,7 +65,7 @@ def build(endpoint: str, out: Path, *builds: list[str]) -> list[str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": str(Path(build_shards.__file__).parent),
     }
-    common = ["--name", "toy", "--tokenizer", "byte260", "--out", str(out)]
+    common = ["--name", "toy", "--tokenizer", "byte260", "--out", str(out), "--overwrite"]
     command = [sys.executable, "-c", BUILDS, json.dumps([[*common, *arguments] for arguments in builds])]
     run = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 0, run.stderr

@@ -775,7 +775,7 @@ class Screen:
         size = shutil.get_terminal_size()
         with tqdm(
             total=1.0,
-            bar_format=f"{phase:<11}{self.BAR}",
+            bar_format=f"{phase:<12}{self.BAR}",
             miniters=0,
             leave=leave,
             ncols=size.columns,

@@ -151,22 +151,22 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
     folder = records.add("Sampled", "2026-01-01", [1.2], judge_version=record.newest_judge_version())
     add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
-    assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
-    assert '<span class="badge re-scored"' in page.page(records.board(), records.folder)
+    assert "| rescored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
+    assert '<span class="badge rescored"' in page.page(records.board(), records.folder)
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored |" in lb.full_markdown(records.board(), records.folder)
 
 
 def test_a_state_tells_for_how_many_seeds_it_holds(records: Records):
     """One artifact that was scored again says nothing of two other seeds, and older rules are named."""
     folder = records.add("Seeds", "2026-01-01", [1.2, 1.2, 1.2], judge_version=record.newest_judge_version())
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert "| re-scored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
     for seed in ("2", "3"):
         add_review(folder, review("rescored", val_bpb=1.2, seed=seed))
-    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored |" in lb.full_markdown(records.board(), records.folder)
     records.add("Older", "2026-01-01", [1.2], judge_version=2)
-    assert "| verified, judge 2 |" in lb.full_markdown(records.board(), records.folder)
+    assert "| consistent, older rules |" in lb.full_markdown(records.board(), records.folder)
 
 
 def test_lossy_tokenizers_have_a_table_of_their_own(records: Records):
@@ -382,14 +382,14 @@ def test_a_dispute_holds_until_it_is_settled(records: Records):
 def test_reviews_of_other_code_do_not_count(records: Records):
     folder = records.add("Start", "2026-01-01", [1.2])
     add_review(folder, review("reproduced", code="0" * 64))
-    assert records.rows()["Start"].entry.state == "verified"
+    assert records.rows()["Start"].entry.state == "consistent"
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert records.rows()["Start"].entry.state == "re-scored"
+    assert records.rows()["Start"].entry.state == "rescored"
     add_review(folder, review("reproduced"))
     assert records.rows()["Start"].entry.state == "reproduced"
 
 
-def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
+def test_a_record_that_fails_a_check_is_failing_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
     """Not even one that somebody trained again."""
     large = records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
     add_review(large, review("reproduced"))
@@ -398,16 +398,16 @@ def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records
     monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if folder == large else ())
     rows = records.rows()
     states = {name: (row.entry.state, row.rank, row.verdict) for name, row in rows.items()}
-    assert states == {"Sound": ("verified", 1, "first"), "Large": ("claimed", None, "no: fails a check")}
+    assert states == {"Sound": ("consistent", 1, "first"), "Large": ("failing", None, "no: fails a check")}
     assert "size: 17 MB" in lb.full_markdown(records.board(), records.folder).replace("\\", "")
 
 
-def test_a_record_without_evidence_is_claimed(tmp_path: Path):
+def test_a_record_without_evidence_is_failing(tmp_path: Path):
     """By the checks of tools/verify.py themselves."""
     records = Records(tmp_path / "records")
     records.add("Bare", "2026-01-01", [1.0])
     row = records.rows()["Bare"]
-    assert (row.entry.state, row.rank) == ("claimed", None)
+    assert (row.entry.state, row.rank) == ("failing", None)
     assert any("README.md is missing" in failure for failure in row.entry.failures)
 
 

@@ -655,12 +655,12 @@ def test_reviews_hold_for_the_seed_and_the_code_that_they_name(honest):
     code = claims.code_sha256
     artifact = claims.seed_results["1"].artifact_sha256
     rescored = record.Review("2026-02-01", "r", "rescored", code, seed="1", artifact_sha256=artifact)
-    assert record.seed_states(claims, [rescored]) == {"1": "re-scored", "2": "unconfirmed"}
+    assert record.seed_states(claims, [rescored]) == {"1": "rescored", "2": "unconfirmed"}
     other_code = dataclasses.replace(rescored, code_sha256="0")
     other_artifact = dataclasses.replace(rescored, artifact_sha256="0")
     assert record.seed_states(claims, [other_code, other_artifact]) == {"1": "unconfirmed", "2": "unconfirmed"}
     reproduced = dataclasses.replace(rescored, kind="reproduced", seed="2", artifact_sha256="")
-    assert record.seed_states(claims, [reproduced, rescored]) == {"1": "re-scored", "2": "reproduced"}
+    assert record.seed_states(claims, [reproduced, rescored]) == {"1": "rescored", "2": "reproduced"}
     disputed = record.Review("2026-02-01", "r", "disputed", code)
     assert record.seed_states(claims, [rescored, disputed]) == {"1": "disputed", "2": "disputed"}
 

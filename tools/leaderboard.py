@@ -23,9 +23,9 @@ The state of a record follows from its folder:
 
     disputed     reviews.json holds a dispute that no later entry settles
     reproduced   somebody trained its seeds again, with the code that it has now
-    re-scored    somebody scored the artifacts of its seeds again, with the code that it has now
-    verified     every static check of tools/verify.py passes
-    claimed      none of these
+    rescored     somebody scored the artifacts of its seeds again, with the code that it has now
+    consistent   its files agree with each other, by the static checks of tools/verify.py, and nobody looked further
+    failing      it fails one of these checks
 
 A confirmation holds for the seed that it names. Where that is not all of them, the state says how many.
 
@@ -59,6 +59,7 @@ from record import (
     ScoredText,
     Submission,
     Track,
+    confirmations,
     known_text,
     load_reviews,
     load_submission,
@@ -79,12 +80,12 @@ DEMONSTRATION = (
 )
 UNLISTED_TEXT = "It ranks nothing: records/texts.json does not list the text, so that nobody knows what was scored."
 
-State = Literal["disputed", "reproduced", "re-scored", "verified", "claimed"]
+State = Literal["disputed", "reproduced", "rescored", "consistent", "failing"]
 STATES: dict[State, str] = {
-    "reproduced": "somebody trained its seeds again",
-    "re-scored": "somebody scored the artifacts of its seeds again",
-    "verified": "its files pass every static check",
-    "claimed": "its files fail one",
+    "reproduced": "somebody else trained its seeds again",
+    "rescored": "somebody else scored its artifacts again",
+    "consistent": "its files agree with each other, and nobody has looked further",
+    "failing": "it fails a check of its files",
     "disputed": "an objection is open",
 }
 
@@ -194,7 +195,7 @@ def without_copies(entry: Entry, folder_with: dict[tuple[str, Any], Path]) -> En
             if other != entry.folder:
                 reason = f"copy: it has the {key} of a run in {other.parent.name}/{other.name}"
                 return dataclasses.replace(
-                    entry, state="claimed", reason=f"fails a check: {reason}", failures=(*entry.failures, reason)
+                    entry, state="failing", reason=f"fails a check: {reason}", failures=(*entry.failures, reason)
                 )
     return entry
 
@@ -249,23 +250,21 @@ def state_of(
     fails a check.
     """
     states = list(seed_states(submission, reviews).values())
-    same_code = [review for review in reviews if review.code_sha256 == submission.code_sha256]
+    confirmed = confirmations(submission, reviews)
     if "disputed" in states:
         dispute = [review for review in reviews if review.kind == "disputed"][-1]
         return "disputed", describe(dispute, "disputed"), states.count("disputed"), None
     if failures:
-        return "claimed", f"fails a check: {'; '.join(failures)}", 0, None
+        return "failing", f"fails a check: {'; '.join(failures)}", 0, None
 
-    kinds: list[tuple[State, str, str]] = [
-        ("reproduced", "reproduced", "trained again"),
-        ("re-scored", "rescored", "scored again"),
-    ]
-    for state, kind, deed in kinds:
+    # A review and the state that it brings have one name. What is worth more comes first.
+    deeds: dict[Literal["reproduced", "rescored"], str] = {"reproduced": "trained again", "rescored": "scored again"}
+    for state, deed in deeds.items():
         if state in states:
-            found = [review for review in same_code if review.kind == kind]
+            found = [review for review in confirmed if review.kind == state]
             reasons = "; ".join(describe(review, deed) for review in found)
             return state, reasons, states.count(state), found[-1].val_bpb_interval
-    return "verified", "passes every check of tools/verify.py that needs no training", 0, None
+    return "consistent", "passes the static checks of tools/verify.py; nobody has scored or trained it again", 0, None
 
 
 def describe(review: Review, deed: str) -> str:
@@ -391,7 +390,7 @@ def row_cells(row: Row, track: Track) -> dict[str, Cell]:
     if 0 < entry.n_confirmed < len(s.seed_results):
         state += f" ({entry.n_confirmed} of {len(s.seed_results)} seeds)"
     if s.judge_version < newest_judge_version():
-        state += f", judge {s.judge_version}"
+        state += ", older rules"
     gain = "" if row.gain is None else number(row.gain, track.rank_by, signed=True)
     return cells | {
         "hardware": Cell(hardware(s.hardware), s.hardware),
@@ -516,8 +515,8 @@ def full_markdown(board: Board, base: Path) -> str:
     if board.tables:
         meanings = "; ".join(f"{state}, {meaning}" for state, meaning in STATES.items())
         lines += [
-            f'States: {meanings}. "Judge" with a number marks scores by earlier rules than the present ones '
-            f"(JUDGE_VERSION {newest_judge_version()}).",
+            f"States: {meanings}. Older rules: scored by a judge before the present one, JUDGE_VERSION "
+            f"{newest_judge_version()}.",
             "",
         ]
     empty = tracks_without_records(board)

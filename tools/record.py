@@ -639,7 +639,7 @@ def file_sha256(path: Path, skip: int = 0) -> str:
 # What others confirmed
 # ----------------------------------------------------------------------------------------------------------------------
 
-SeedState = Literal["disputed", "reproduced", "re-scored", "unconfirmed"]
+SeedState = Literal["disputed", "reproduced", "rescored", "unconfirmed"]
 
 
 def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, SeedState]:
@@ -652,7 +652,7 @@ def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, 
         if review.kind == "reproduced":
             states[review.seed] = "reproduced"
         elif states[review.seed] != "reproduced":
-            states[review.seed] = "re-scored"
+            states[review.seed] = "rescored"
     for seed in states:
         if open_dispute(submission, reviews, seed) is not None:
             states[seed] = "disputed"

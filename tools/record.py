@@ -612,6 +612,13 @@ def known_text(documents: int, text_sha256: str) -> Text | None:
     return None
 
 
+def place_of_text(documents: int, text_sha256: str) -> int:
+    """The place of a text in texts.json, which has the most important one first. Unlisted texts come last."""
+    texts = load_texts()
+    known = known_text(documents, text_sha256)
+    return len(texts) if known is None else texts.index(known)
+
+
 def newest_judge_version() -> int:
     """JUDGE_VERSION of the root's train_gpt.py, which is not imported here because it imports torch."""
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")

@@ -583,6 +583,60 @@ def test_git_changes_no_byte_of_a_record(tmp_path):
         assert (tmp_path / "clone" / path.relative_to(project)).read_bytes() == path.read_bytes()
 
 
+def test_new_says_at_once_what_the_track_refuses(tmp_path, capsys):
+    """All of it, before anything is written; the limits are those of the published challenge."""
+    for seed in (1, 2):
+        run_json(tmp_path / "logs", seed, bytes_total=16_000_001 + seed, seconds_train=600.5, seconds_evaluate=700.0)
+    options = ["--track", "track_10min_16mb"]
+    assert new(tmp_path, *options)[0] == 1
+    error = capsys.readouterr().err
+    for named in (
+        "H100",
+        "8x H100",
+        "2 seeds",
+        "16,000,002",
+        "16,000,003",
+        "601.00 s of training",
+        "700.00 s of eval",
+    ):
+        assert named in error
+    assert "the published FineWeb validation text" in error
+    assert "track_slowrun" in error.splitlines()[-1]
+    assert "track_non_record_16mb" not in error, "it is too large for that one, too"
+    assert not (tmp_path / "records").exists()
+
+    assert new(tmp_path, *options, "--force")[0] == 0
+    [folder] = (tmp_path / "records" / "track_10min_16mb").iterdir()
+    failing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tools/verify.py will fail it")]
+    names = {check.name for check in verify.static_checks(folder) if not check.ok}
+    assert {line.split(": ")[1] for line in failing} == names >= {"track", "seeds", "bytes", "clock"}
+
+
+def test_new_refuses_by_the_very_rules_of_verify(tmp_path):
+    """Whatever a track asks for: a fault is found by both or by neither."""
+    runs = {"device": "cuda:NVIDIA_H100", "world_size": 8, "val_documents": 50_000, "val_bytes": 151_080_363}
+    for seed in (1, 2, 3):
+        run_json(tmp_path / "logs", seed, val_text_sha256="unknown", val_accounting="pieces", **runs)
+    status, folder = new(tmp_path, "--track", "track_10min_16mb")
+    assert status == 0
+    s = record.load_submission(tmp_path / "records" / "track_10min_16mb" / folder.name)
+    for name, track in record.load_tracks()[1].items():
+        moved = dataclasses.replace(s, track=name)
+        logs = {seed: record.parse_log("step:1/2 train_loss:3 train_time:1ms\n") for seed in s.seed_results}
+        place = tmp_path / name / folder.name
+        checks = [
+            verify.check_track(place, moved),
+            verify.check_seeds(place, moved),
+            verify.check_bytes(place, moved),
+            verify.check_clock(moved, logs),
+        ]
+        found = [check.reason for check in checks if not check.ok]
+        faults = verify.refusals(moved, track)
+        assert all(any(fault in reason for reason in found) for fault in faults), name
+        if not faults:
+            assert not any("the track" in reason for reason in found), name
+
+
 BENCHMARKS = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}
 
 

@@ -9,6 +9,7 @@
 there with the same script, settings, data and hardware, so that all seeds that were run are counted and none is chosen.
 Where a seed was run more than once, --runs has to name the runs. With --artifact the record also gets an artifact
 that still lies in the ARTIFACT_DIR of its run, and the validation shards and tokenizer that it was scored on.
+What the track refuses is an error, and nothing is written then, unless --force says so.
 
 `import` prints, as JSON, what a folder in the style of the published challenge says under our names, what its logs say
 for each seed, and what it lacks to be a record here.
@@ -34,6 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from leaderboard import read_board, table_note, text_name
 from record import (
     PER_RUN,
     RECORDS,
@@ -43,6 +45,7 @@ from record import (
     Submission,
     Track,
     add_review,
+    artifact_path,
     data_path,
     day_fault,
     faults,
@@ -59,9 +62,11 @@ from record import (
     save_submission,
     script_path,
     script_settings,
+    seeds_named,
     sha256,
     summarize,
 )
+from verify import refusals
 
 # ----------------------------------------------------------------------------------------------------------------------
 # new: what the author says
@@ -98,9 +103,61 @@ def new(args: argparse.Namespace) -> int:
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another --name, or remove the folder")
+    refused = refusals(submission, tracks[args.track])
+    if refused and not args.force:
+        raise ValueError(refusal_text(submission, refused, tracks))
+
     write_record(folder, submission, paths, script, args.artifact)
-    print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    print(f"{shown}: {seeds_named(submission.seed_results)}, val_bpb {submission.val_bpb:.4f}")
+    for line in what_to_expect(folder, tracks):
+        print(line)
+    print("Next, write into its README.md what is new and why it helps, and run")
+    print(f"    python tools/verify.py {shlex.quote(str(shown))}")
+    print("    python tools/leaderboard.py")
+    print("Then open a pull request with the folder and both tables (CONTRIBUTING.md says how).")
     return 0
+
+
+def refusal_text(submission: Submission, refused: Sequence[str], tracks: Mapping[str, Track]) -> str:
+    """Why a track refuses a record, and which tracks would take it."""
+    lines = [f"{submission.track} will refuse this record, so nothing was written:"]
+    lines += [f"    {fault}" for fault in refused]
+
+    others = []
+    for name, track in tracks.items():
+        if not refusals(dataclasses.replace(submission, track=name), track):
+            others.append(name)
+    if others:
+        lines.append(f"These tracks do not: {', '.join(others)}. Or add --force to write it all the same.")
+    else:
+        lines.append("Nor does any other track take it. Add --force to write it all the same.")
+    return "\n".join(lines)
+
+
+def what_to_expect(folder: Path, tracks: dict[str, Track]) -> list[str]:
+    """What tools/verify.py and tools/leaderboard.py will say of a new record, for its author."""
+    board = read_board(folder.parents[1], tracks)
+    for unlisted, reason in board.unlisted:
+        if unlisted == folder:
+            return [f"It will not be listed: {reason}"]
+
+    rows = [(table, row) for table in board.tables for row in table.rows if row.entry.folder == folder]
+    if not rows:
+        return []
+    table, row = rows[0]
+    lines = [f"tools/verify.py will fail it: {failure}" for failure in row.entry.failures]
+    if row.rank is not None:
+        lines.append(f"It will be number {row.rank} of {len(table.rows)} on {text_name(table.key.text)}.")
+        lines.append(f"A new record: {row.verdict}.")
+    elif note := table_note(table):
+        lines.append(note)
+    if table.key.text.lossless is False:
+        lines.append("Its tokenizer is lossy, so it ranks apart from those that are not.")
+    if artifact_path(folder) is None:
+        lines.append("It has no artifact, so nobody can score it again: add --artifact if the text may be passed on.")
+    return lines
 
 
 def folder_slug(name: str) -> str:
@@ -339,18 +396,24 @@ def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     table = "\n".join(rows)
 
-    seeds = ", one seed" if s.val_bpb_std is None else f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds"
+    score = f"**val_bpb {s.val_bpb:.4f}**, one seed."
+    if s.val_bpb_std is not None:
+        score = f"**val_bpb {s.val_bpb:.4f}** ± {s.val_bpb_std:.4f}, mean and standard deviation of {len(rows)} seeds."
     benchmarks = ", ".join(f"{key} {value:.4f}" for key, value in s.benchmarks.items())
     if benchmarks:
-        benchmarks = f" Benchmarks: {benchmarks}."
+        benchmarks = f"\nBenchmarks: {benchmarks}."
+    base = f"It builds on `{s.base}`." if s.base else "It builds on no earlier record."
 
     return f"""# {s.name}
 
 {s.blurb}
 
-**val_bpb {s.val_bpb:.4f}**{seeds}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
-{s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
-({s.val_accounting}).{benchmarks}
+<!-- Write here what is new, and why it helps. -->
+
+{score}
+Code and artifact take {s.bytes_total:,} bytes. The model has {s.model_params:,} parameters. It was trained on
+{s.hardware} with torch {s.torch}, and scored on {s.val_documents:,} documents: {s.val_tokens:,} tokens,
+{s.val_bytes:,} bytes ({s.bytes_counted}).{benchmarks}
 
 | seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
 |---|---|---|---|---|---|---|
@@ -358,15 +421,15 @@ def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
 
 ## Repeat it
 
-From the root of the repository, with the data set `{s.train_dataset}` ({s.train_tokens:,} training tokens) in
-`data/`; what the run writes goes to `/tmp/again`:
+These lines check the record and train one seed again, from the root of the repository. They need the data set
+`{s.train_dataset}` ({s.train_tokens:,} training tokens) in `data/`. What the run writes goes to `/tmp/again`.
 
 ```bash
 python tools/verify.py {folder}
 {repeat_command(folder, s, run)}
 ```
 
-Builds on: {s.base or "nothing before it"}. Licence: {s.licence}.
+{base} Licence: {s.licence}.
 """
 
 
@@ -586,6 +649,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--script", default=str(ROOT / "train_gpt.py"))
     command.add_argument("--records", default=str(RECORDS), metavar="DIR")
     command.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")
+    command.add_argument("--force", action="store_true", help="write the record even if its track will refuse it")
 
     command = commands.add_parser("import", help="show what a folder in the published style holds and lacks")
     command.set_defaults(run=show_import)

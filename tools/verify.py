@@ -49,6 +49,7 @@ from record import (
     Review,
     RunLog,
     Submission,
+    Track,
     add_review,
     artifact_path,
     confirmations,
@@ -235,10 +236,30 @@ def check_track(folder: Path, submission: Submission) -> Check:
     if not folder.name.startswith(submission.date):
         problems.append(f"the folder's name does not begin with the date {submission.date}")
 
-    if track.device not in submission.hardware:
-        problems.append(f"the hardware is {submission.hardware}, the track asks for {track.device}")
-    if track.world_size and not submission.hardware.startswith(f"{track.world_size}x "):
-        problems.append(f"the hardware is {submission.hardware}, the track asks for {track.world_size} devices")
+    problems += rule_faults(submission, track)
+    summary = (
+        f"it keeps the rules of {submission.track} (version {submission.rules_version}), "
+        f"as a predictor of class {submission.predictor_class} trained on {submission.hardware}"
+    )
+    return verdict("track", problems, summary)
+
+
+def refusals(submission: Submission, track: Track) -> list[str]:
+    """All rules of a track that a record breaks, whatever else its files say. tools/submission.py new asks this."""
+    faults = rule_faults(submission, track) + size_faults(submission, track) + time_faults(submission, track)
+    n_seeds = len(submission.seed_results)
+    if n_seeds < track.min_seeds:
+        faults.append(f"{counted(n_seeds, 'seed')}, the track asks for {track.min_seeds}")
+    return faults
+
+
+def rule_faults(submission: Submission, track: Track) -> list[str]:
+    """The rules of a track, other than those for bytes, seconds and seeds, that a record breaks."""
+    problems = []
+    right_number = track.world_size is None or submission.hardware.startswith(f"{track.world_size}x ")
+    if track.device not in submission.hardware or not right_number:
+        wanted = track.device if track.world_size is None else f"{track.world_size}x {track.device}".strip()
+        problems.append(f"it was trained on {submission.hardware}, the track asks for {wanted}")
 
     if track.max_parameters and submission.model_params > track.max_parameters:
         problems.append(f"{submission.model_params} parameters, the track allows {track.max_parameters}")
@@ -267,12 +288,29 @@ def check_track(folder: Path, submission: Submission) -> Check:
                 f"val_bpb {submission.val_bpb:.4f} is below {track.target_val_bpb} at p = {p:.2g}, "
                 f"the track asks for p < {track.p_value}"
             )
+    return problems
 
-    summary = (
-        f"it keeps the rules of {submission.track} (version {submission.rules_version}), "
-        f"as a predictor of class {submission.predictor_class} trained on {submission.hardware}"
-    )
-    return verdict("track", problems, summary)
+
+def size_faults(submission: Submission, track: Track) -> list[str]:
+    limit = track.max_total_bytes
+    faults = []
+    for seed, result in submission.seed_results.items():
+        if limit is not None and result.bytes_total > limit:
+            faults.append(f"seed {seed}: {result.bytes_total:,} bytes of code and artifact, the track allows {limit:,}")
+    return faults
+
+
+def time_faults(submission: Submission, track: Track) -> list[str]:
+    faults = []
+    for seed, result in submission.seed_results.items():
+        limits = (
+            ("training", result.train_seconds, track.max_train_seconds),
+            ("evaluation", result.eval_seconds, track.max_eval_seconds),
+        )
+        for phase, seconds, limit in limits:
+            if limit is not None and seconds > limit:
+                faults.append(f"seed {seed}: {seconds:.2f} s of {phase}, the track allows {limit:g}")
+    return faults
 
 
 def check_source(folder: Path, submission: Submission) -> list[Check]:
@@ -429,8 +467,8 @@ def check_bytes(folder: Path, submission: Submission) -> Check:
         if result.bytes_total != result.bytes_artifact + submission.bytes_code:
             parts = f"{result.bytes_artifact} + {submission.bytes_code}"
             problems.append(f"seed {seed}: {result.bytes_total} bytes in all, not {parts}")
-        if limit is not None and result.bytes_total > limit:
-            problems.append(f"seed {seed}: {result.bytes_total} bytes in all, the track allows {limit}")
+    if track is not None:
+        problems += size_faults(submission, track)
 
     artifact = artifact_path(folder)
     if artifact is None:
@@ -478,18 +516,8 @@ def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
     """Whether the ledger of seconds keeps the track's limits, and has the time that the log trains for."""
     track = track_of(submission)
     max_train_seconds = track.max_train_seconds if track else None
-    max_eval_seconds = track.max_eval_seconds if track else None
-    problems = []
+    problems = [] if track is None else time_faults(submission, track)
     for seed, result in submission.seed_results.items():
-        if max_train_seconds is not None and result.train_seconds > max_train_seconds:
-            problems.append(
-                f"seed {seed}: {result.train_seconds:.2f} s of training, the track allows {max_train_seconds:g}"
-            )
-        if max_eval_seconds is not None and result.eval_seconds > max_eval_seconds:
-            problems.append(
-                f"seed {seed}: {result.eval_seconds:.2f} s of evaluation, the track allows {max_eval_seconds:g}"
-            )
-
         ledger = result.ledger_seconds
         curve = logs[seed].train_curve + logs[seed].val_curve
         times = [seconds for _, seconds, _ in curve if not math.isnan(seconds)]

@@ -151,22 +151,22 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
 def test_the_score_of_a_sample_is_shown_with_its_interval(records: Records):
     folder = records.add("Sampled", "2026-01-01", [1.2], judge_version=record.newest_judge_version())
     add_review(folder, review("rescored", val_bpb=1.2, val_bpb_interval=0.00491))
-    assert "| re-scored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
-    assert '<span class="badge re-scored"' in page.page(records.board(), records.folder)
+    assert "| rescored ± 0.0049 |" in lb.full_markdown(records.board(), records.folder)
+    assert '<span class="badge rescored"' in page.page(records.board(), records.folder)
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored |" in lb.full_markdown(records.board(), records.folder)
 
 
 def test_a_state_tells_for_how_many_seeds_it_holds(records: Records):
     """One artifact that was scored again says nothing of two other seeds, and older rules are named."""
     folder = records.add("Seeds", "2026-01-01", [1.2, 1.2, 1.2], judge_version=record.newest_judge_version())
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert "| re-scored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored (1 of 3 seeds) |" in lb.full_markdown(records.board(), records.folder)
     for seed in ("2", "3"):
         add_review(folder, review("rescored", val_bpb=1.2, seed=seed))
-    assert "| re-scored |" in lb.full_markdown(records.board(), records.folder)
+    assert "| rescored |" in lb.full_markdown(records.board(), records.folder)
     records.add("Older", "2026-01-01", [1.2], judge_version=2)
-    assert "| verified, judge 2 |" in lb.full_markdown(records.board(), records.folder)
+    assert "| consistent, older rules |" in lb.full_markdown(records.board(), records.folder)
 
 
 def test_lossy_tokenizers_have_a_table_of_their_own(records: Records):
@@ -175,7 +175,7 @@ def test_lossy_tokenizers_have_a_table_of_their_own(records: Records):
     tables = [{row.entry.submission.name for row in table.rows} for table in records.board().tables]
     assert sorted(tables, key=len) == [{"Whole"}, {"Digits", "Nobody knows"}]
     text = lb.full_markdown(records.board(), records.folder)
-    assert text.count("(lossless tokenizers)") == text.count("(lossy tokenizers)") == 1
+    assert text.count("lossless tokenizers") == text.count("lossy tokenizers") == 1
 
 
 def test_a_demonstration_ranks_nowhere(records: Records, monkeypatch: pytest.MonkeyPatch):
@@ -185,7 +185,7 @@ def test_a_demonstration_ranks_nowhere(records: Records, monkeypatch: pytest.Mon
     text = {"val_text_sha256": "d" * 64, "val_documents": 43, "val_bytes": 174_282, "val_accounting": "sidecar"}
     records.add("Smoke", "2026-01-01", [0.1, 0.1], tokenizer_lossless=True, **text)
     row = records.rows()["Smoke"]
-    assert (row.rank, row.verdict) == (None, "no: a demonstration")
+    assert (row.rank, row.verdict) == (None, "not ranked: a demonstration")
     assert lb.DEMONSTRATION in lb.full_markdown(records.board(), records.folder)
     assert lb.short_markdown(records.board(), records.folder) == "No record yet."
 
@@ -198,7 +198,7 @@ def test_records_of_the_maintainers_are_reference_runs(records: Records):
     records.add("Ours", "2026-01-03", [1.0000, 1.0004, 0.9996], author=lb.MAINTAINERS)
     assert {name: row.verdict for name, row in records.rows().items()} == {
         "Start": "reference run",
-        "Slight": "no: gain not over 0.002",
+        "Slight": "no: better by 0.002 bpb or less",
         "Leap": "yes",
         "Ours": "reference run",
     }
@@ -242,8 +242,8 @@ def test_the_lowest_mean_ranks_first_and_gains_follow_the_calendar(records: Reco
     assert {name: row.verdict for name, row in rows.items()} == {
         "Start": "first",
         "Leap": "yes",
-        "Late": "no: gain not over 0.002",
-        "Small": "no: gain not over 0.002",
+        "Late": "no: an earlier one is as good or better",
+        "Small": "no: better by 0.002 bpb or less",
     }
     assert rows["Start"].gain is None
     assert rows["Leap"].gain == pytest.approx(0.1)
@@ -258,7 +258,7 @@ def test_a_gain_inside_the_noise_is_no_new_record(records: Records):
     row = records.rows()["Noise"]
     assert row.gain is not None
     assert row.gain > 0.002
-    assert row.verdict == "no: p not under 0.01"
+    assert row.verdict == "no: the gain may be chance (p is not under 0.01)"
     assert row.rank == 1
 
 
@@ -267,7 +267,7 @@ def test_records_of_one_day_do_not_measure_each_other(records: Records):
     records.add("Other", "2026-01-01", [1.1000, 1.1004, 1.0996])
     rows = records.rows()
     assert rows["Other"].verdict == "first"
-    assert rows["One"].verdict == "no: not the best of the first day"
+    assert rows["One"].verdict == "no: a better one came on the same day"
     assert rows["One"].gain is rows["Other"].gain is None
 
 
@@ -275,7 +275,7 @@ def test_too_few_seeds_neither_count_nor_set_the_bar(records: Records):
     records.add("Lucky", "2026-01-01", [1.0])
     records.add("Honest", "2026-01-02", [1.2000, 1.2004, 1.1996])
     rows = records.rows()
-    assert rows["Lucky"].verdict == "no: needs 3 seeds"
+    assert rows["Lucky"].verdict == "no: too few seeds, 3 are needed"
     assert rows["Honest"].verdict == "first"
 
 
@@ -286,7 +286,7 @@ def test_one_seed_shows_no_spread(records: Records):
     records.add("Third", "2026-01-03", [0.9, 0.9004], OPEN)
     rows = records.rows()
     assert rows["Start"].verdict == "first"
-    assert (rows["Next"].p, rows["Next"].verdict) == (None, "no: one seed shows no spread")
+    assert (rows["Next"].p, rows["Next"].verdict) == (None, "no: with one seed the gain may be chance")
     assert rows["Third"].verdict == "yes"
     assert "n/a" in lb.full_markdown(records.board(), records.folder)
 
@@ -311,7 +311,7 @@ def test_a_text_that_nobody_knows_ranks_nowhere(records: Records):
     """Otherwise anybody could be the first of a table of their own."""
     records.add("Mine", "2026-01-01", [0.5, 0.5], OPEN, val_text_sha256="0" * 64, val_documents=7, val_bytes=1000)
     row = records.rows()["Mine"]
-    assert (row.rank, row.verdict) == (None, "no: the text is not listed")
+    assert (row.rank, row.verdict) == (None, "not ranked: an unlisted text")
     assert lb.UNLISTED_TEXT in lb.full_markdown(records.board(), records.folder)
 
 
@@ -358,12 +358,94 @@ def test_a_speedrun_ranks_by_time(records: Records):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_tables_come_by_importance_and_not_by_number(records: Records):
+    """First the order of the tracks, then that of texts.json, last a text that nobody listed."""
+    texts = record.load_texts()
+    listed = [text for text in texts if text.text_sha256 and not text.demonstration]
+    for text in [*listed, texts[-1]]:
+        identity = {"val_text_sha256": text.text_sha256, "val_documents": text.documents, "val_bytes": text.bytes}
+        for i in range(1 + texts.index(text)):  # the less important, the more records
+            records.add(
+                f"{text.name[:6]} {i}", "2026-01-01", [1.2 + i / 100], OPEN, val_accounting="sidecar", **identity
+            )
+    unlisted = {"val_text_sha256": "0" * 64, "val_documents": 7, "val_bytes": 1000}
+    for i in range(9):
+        records.add(f"Mine {i}", "2026-01-01", [1.2 + i / 100], OPEN, **unlisted)
+    records.add("Headline", "2026-01-01", [1.2, 1.2004, 1.1996], MAIN)
+
+    tables = records.board().tables
+    assert [table.key.track_name for table in tables] == [MAIN] + [OPEN] * (len(tables) - 1)
+    assert [table.key.text.sha256 for table in tables[1:]] == [
+        *(t.text_sha256 for t in listed),
+        texts[-1].text_sha256,
+        "0" * 64,
+    ]
+
+    text = lb.full_markdown(records.board(), records.folder)
+    for known in [*listed, texts[-1]]:
+        assert lb.escape_markdown(known.name) in text
+    assert "an unlisted text of 7 documents" in text
+
+
+def test_the_first_track_has_one_line_while_it_has_no_record(records: Records):
+    """In both files and on the page, and no line of that kind once it has one."""
+    known = next(text for text in record.load_texts() if text.text_sha256)
+    identity = {"val_text_sha256": known.text_sha256, "val_documents": known.documents, "val_bytes": known.bytes}
+    records.add("Other", "2026-01-01", [1.2, 1.2], OPEN, **identity)
+    title = records.tracks[MAIN].title
+    board = records.board()
+    assert f"{title}: no record yet" in lb.short_markdown(board, records.folder).splitlines()[0]
+    shown = lb.full_markdown(board, records.folder)
+    assert shown.startswith(f"## {title}\n")
+    assert shown.index(lb.NO_RECORD) < shown.index(records.tracks[OPEN].title)
+    html = page.page(board, records.folder)
+    assert f'<section id="{MAIN}">' in html
+
+    records.add("Headline", "2026-01-01", [1.2, 1.2004, 1.1996], MAIN)
+    board = records.board()
+    assert "no record yet" not in lb.short_markdown(board, records.folder)
+    assert page.page(board, records.folder).count(f'<section id="{MAIN}">') == 1
+
+
+def test_gains_are_shown_only_where_there_is_one(records: Records):
+    """A record that is worse than an earlier one has no gain, and a gain below the margin no p."""
+    records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996])
+    assert "| gain |" not in lb.full_markdown(records.board(), records.folder)
+    records.add("Leap", "2026-01-03", [1.1000, 1.1004, 1.0996])
+    records.add("Late", "2026-01-05", [1.1500, 1.1504, 1.1496])
+    records.add("Small", "2026-01-07", [1.0990, 1.0994, 1.0986])
+    cells = {name: lb.row_cells(row, records.tracks[MAIN]) for name, row in records.rows().items()}
+    shown = {name: (row["gain"].text, row["p"].text) for name, row in cells.items()}
+    assert shown == {"Start": ("", ""), "Leap": ("+0.1000", "<0.0001"), "Late": ("", ""), "Small": ("+0.0010", "")}
+
+
+@given(st.text(max_size=300))
+def test_a_summary_is_a_short_beginning_of_the_blurb(blurb: str):
+    shown = lb.summary(blurb)
+    assert len(shown) <= lb.MAX_SUMMARY
+    assert lb.clean(blurb).startswith(shown.removesuffix("..."))
+
+
+def test_a_summary_is_the_first_sentence():
+    assert lb.summary("Rows of 2.5 bits. And more.") == "Rows of 2.5 bits."
+    clause = "It has one idea that takes quite a few words to say, " * 3
+    assert lb.summary(clause) == "It has one idea that takes quite a few words to say..."
+
+
+def test_a_folder_of_the_published_challenge_is_called_so(records: Records):
+    folder = records.folder / MAIN / "2026-03-18_Theirs"
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text('{"author": "a", "name": "n", "val_bpb": 1.2}')
+    [(_, reason)] = records.board().unlisted
+    assert "published challenge" in reason
+
+
 def test_a_dispute_holds_until_it_is_settled(records: Records):
     """The order of the entries decides, also within a day."""
     records.add("Start", "2026-01-01", [1.2000, 1.2004, 1.1996])
     bad = records.add("Bad", "2026-01-02", [1.0000, 1.0004, 0.9996])
     records.add("Good", "2026-01-03", [1.1000, 1.1004, 1.0996])
-    assert records.rows()["Good"].verdict == "no: gain not over 0.002"
+    assert records.rows()["Good"].verdict == "no: an earlier one is as good or better"
 
     add_review(bad, review("reproduced"))
     add_review(bad, review("disputed", note="scores tokens twice"))
@@ -382,14 +464,14 @@ def test_a_dispute_holds_until_it_is_settled(records: Records):
 def test_reviews_of_other_code_do_not_count(records: Records):
     folder = records.add("Start", "2026-01-01", [1.2])
     add_review(folder, review("reproduced", code="0" * 64))
-    assert records.rows()["Start"].entry.state == "verified"
+    assert records.rows()["Start"].entry.state == "consistent"
     add_review(folder, review("rescored", val_bpb=1.2))
-    assert records.rows()["Start"].entry.state == "re-scored"
+    assert records.rows()["Start"].entry.state == "rescored"
     add_review(folder, review("reproduced"))
     assert records.rows()["Start"].entry.state == "reproduced"
 
 
-def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
+def test_a_record_that_fails_a_check_is_failing_and_has_no_rank(records: Records, monkeypatch: pytest.MonkeyPatch):
     """Not even one that somebody trained again."""
     large = records.add("Large", "2026-01-01", [1.0, 1.0, 1.0])
     add_review(large, review("reproduced"))
@@ -398,16 +480,16 @@ def test_a_record_that_fails_a_check_is_claimed_and_has_no_rank(records: Records
     monkeypatch.setattr(lb, "failed_checks", lambda folder: ("size: 17 MB",) if folder == large else ())
     rows = records.rows()
     states = {name: (row.entry.state, row.rank, row.verdict) for name, row in rows.items()}
-    assert states == {"Sound": ("verified", 1, "first"), "Large": ("claimed", None, "no: fails a check")}
+    assert states == {"Sound": ("consistent", 1, "first"), "Large": ("failing", None, "no: fails a check")}
     assert "size: 17 MB" in lb.full_markdown(records.board(), records.folder).replace("\\", "")
 
 
-def test_a_record_without_evidence_is_claimed(tmp_path: Path):
+def test_a_record_without_evidence_is_failing(tmp_path: Path):
     """By the checks of tools/verify.py themselves."""
     records = Records(tmp_path / "records")
     records.add("Bare", "2026-01-01", [1.0])
     row = records.rows()["Bare"]
-    assert (row.entry.state, row.rank) == ("claimed", None)
+    assert (row.entry.state, row.rank) == ("failing", None)
     assert any("README.md is missing" in failure for failure in row.entry.failures)
 
 
@@ -547,9 +629,11 @@ def test_the_same_records_give_the_same_bytes(records: Records, tmp_path: Path):
 def test_hostile_names_stay_text_in_markdown(records: Records):
     records.add(HOSTILE, "2026-01-01", [1.2, 1.2], OPEN, author=f"a\n\n# b | c {lb.END} \u202e https://x.y \ud800")
     text = lb.full_markdown(records.board(), records.folder)
-    assert len([line for line in text.splitlines() if line.startswith("#")]) == 2
+    # The headings of the first track, which has no record, of this record's track and of its table.
+    assert len([line for line in text.splitlines() if line.startswith("#")]) == 3
     [row] = [line for line in text.splitlines() if "2026-01-01" in line]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 14 + 1, "as many cells as columns"
+    [heads] = [line for line in text.splitlines() if line.startswith("| # |")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == heads.count("|"), "as many cells as columns"
     assert "<" not in text.replace("p < 0.01", "")
     assert lb.END not in text
     assert re.findall(r"(?<!\\)\]\(([^)]*)", text) == [f"{OPEN}/2026-01-01_script-script-alert-1-script"]

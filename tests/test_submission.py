@@ -21,6 +21,7 @@ import submission
 import verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from published import import_published, verdict_on
 
 SCRIPT = record.ROOT / "train_gpt.py"
 
@@ -111,7 +112,7 @@ def published(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_published_folder_imports_with_a_list_of_what_it_lacks(tmp_path):
-    found = submission.import_published(published(tmp_path / "x"))
+    found = import_published(published(tmp_path / "x"))
     assert found.known["val_bpb"] == 1.2243657
     assert found.known["bytes_total"] == 15863489
     assert found.seeds["1337"]["log_val_bpb"] == 1.2243657
@@ -132,7 +133,7 @@ def test_names_that_mean_the_same_are_one(tmp_path):
     told = json.loads((folder / "submission.json").read_text())
     del told["val_bpb"], told["bytes_total"]
     (folder / "submission.json").write_text(json.dumps(told | {"no_slot": True}))
-    found = submission.import_published(folder)
+    found = import_published(folder)
     names = {"val_bpb": 1.065, "bytes_total": 15_900_000, "hardware": "1xRTX5090", "torch": "2.9.1"}
     assert names.items() <= found.known.items()
     assert {f"the log of seed {seed}" for seed in ("42", "0", "7")} <= set(found.missing)
@@ -140,12 +141,122 @@ def test_names_that_mean_the_same_are_one(tmp_path):
 
 
 def test_folders_that_lack_everything_import_too(tmp_path, capsys):
-    found = submission.import_published(tmp_path)
+    found = import_published(tmp_path)
     assert {"submission.json", "any training log", "README.md", "train_gpt.py"} <= set(found.missing)
     (tmp_path / "submission_ternary.json").write_text('{"val_bpb": 1.2}')
-    assert "submission.json (it has submission_ternary.json)" in submission.import_published(tmp_path).missing
-    assert submission.main(["import", str(tmp_path)]) == 0
+    assert "submission.json (it has submission_ternary.json)" in import_published(tmp_path).missing
+    assert submission.main(["import", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["known"] == {"val_bpb": 1.2}
+
+
+def verdict_lines(folder: Path) -> dict[str, str]:
+    """The lines of a verdict by their first words."""
+    lines = verdict_on(folder, import_published(folder))
+    return {re.split(r"[:,] ", line)[0]: line for line in lines}
+
+
+def test_a_verdict_follows_from_files_and_logs(tmp_path):
+    """The published baseline: its limits, class, seed and score, in this order; what is missing comes after them."""
+    folder = published(tmp_path / "x")
+    lines = verdict_on(folder, import_published(folder))
+    found = verdict_lines(folder)
+    n_code = len("print('x')\n")
+    size = found["ok   size"]
+    assert f"{n_code:,} bytes of train_gpt.py" in size
+    assert f"make {n_code + 15_815_847:,} of 16,000,000 allowed" in size
+    assert "submission.json says 15,863,489" in size
+    assert "600.0 s at most (seed 1337), 0.04 s more than the 600 allowed" in found["FAIL training"]
+    assert "1.4 s" in found["ok   evaluation"]
+    assert "world_size 8" in found["ok   hardware"]
+    assert found["Class A"].endswith("(final_int8_zlib_roundtrip_exact).")
+    assert "17,059,912" in found["Seeds"]
+    assert "1.22437 over 1 log, as submission.json says" in found["Score"]
+    assert lines[-1].startswith("FAILS 1 of 4 limits: training.")
+    order = [lines.index(found[name]) for name in ("ok   size", "Class A", "Seeds", "Score")]
+    assert order == sorted(order)
+    assert max(order) < min(i for i, line in enumerate(lines) if line.startswith("Missing"))
+
+
+def test_code_counts_as_it_lies_in_the_folder(tmp_path):
+    """A log that counts compressed code is under the limit, and the folder as it is over it. Its score is class B."""
+    folder = published(tmp_path / "x", val_bpb=1.0611, seeds=[42, 0])
+    (folder / "train.log").unlink()
+    (folder / "train_gpt.py").write_bytes(b"#" * 158_429)
+    for seed, bpb in ((42, 1.05989454), (0, 1.06124613)):
+        (folder / f"train_seed{seed}.log").write_text(
+            "model_params: 35943512\n"
+            "4945/20000 val_loss: 2.3539 val_bpb: 1.0756\n"
+            "stopping_early: wallclock_cap train_time: 599592ms step: 4945/20000\n"
+            "Serialized model quantized+pergroup: 15865260 bytes\n"
+            "Total submission size quantized+pergroup: 15897259 bytes\n"
+            "diagnostic quantized val_loss:2.3401 val_bpb:1.0693 eval_time:100ms\n"
+            f"quantized_ttt_phased val_loss:2.31944212 val_bpb:{bpb} eval_time:508800ms\n"
+        )
+    found = verdict_lines(folder)
+    total = 158_429 + 15_865_260
+    assert f"make {total:,}, {total - 16_000_000:,} more than the 16,000,000 allowed" in found["FAIL size"]
+    assert "599.6 s" in found["ok   training"]
+    assert "508.8 s" in found["ok   evaluation"]
+    assert "quantized_ttt_phased" in found["Class B"]
+    assert "35,943,512" in found["Seeds"]
+    scores = [1.05989454, 1.06124613]
+    assert f"{statistics.fmean(scores):.5f}, standard deviation {statistics.stdev(scores):.5f}" in found["Score"]
+    assert "another score" in found["Score"], "1.0611 is not the mean of these two"
+    lacking = " ".join(import_published(folder).missing)
+    assert "model_params" not in lacking
+    assert "train_seconds" not in lacking
+
+
+@pytest.mark.parametrize(("n_bytes", "fits"), [(151_080_363, True), (151_078_222, True), (155_769_746, False)])
+def test_another_export_of_the_text_is_seen_by_its_bytes(tmp_path, n_bytes, fits):
+    """The merged records were divided by the first two numbers of bytes, and the published baseline by the third."""
+    loss = 2.07269931
+    n_tokens = 62_021_632
+    bpb = loss / math.log(2) * n_tokens / n_bytes
+    folder = published(tmp_path / "x", val_bpb=bpb)
+    (folder / "train.log").write_text(
+        f"val_loader:x tokens:{n_tokens}\nfinal_exact val_loss:{loss} val_bpb:{bpb:.8f}\n"
+    )
+    line = verdict_lines(folder)["Text"]
+    assert f"{n_bytes / 1e6:.1f}"[:3] in line
+    assert ("which fits the published FineWeb" in line) is fits
+
+
+def test_files_of_another_name_are_named_beside_what_is_missing(tmp_path):
+    folder = published(tmp_path / "x")
+    (folder / "train.log").rename(folder / "binary_log.txt")
+    (folder / "train_gpt.py").rename(folder / "train_gpt_cuda_binary.py")
+    (folder / "README.md").unlink()
+    (folder / "notes.txt").write_text("nothing\n")
+    found = import_published(folder)
+    missing = [line for line in verdict_on(folder, found) if line.startswith("Missing: ")]
+    assert any("train_gpt.py" in line and "train_gpt_cuda_binary.py" in line for line in missing)
+    assert any("binary_log.txt" in line for line in missing)
+    assert "Missing: README.md." in missing
+    assert found.seeds["1337"]["log_val_bpb"] == 1.2243657
+    assert not any("notes.txt" in line for line in missing)
+
+
+@pytest.mark.parametrize(("claim", "letter"), [(1.1509, "A"), (1.28036136, "B"), (1.5, "B")])
+def test_the_class_is_that_of_the_score_that_is_claimed(tmp_path, claim, letter):
+    """A run may report a score after training at test time, and another one before it."""
+    folder = published(tmp_path / "x", val_bpb=claim)
+    (folder / "train.log").write_text(
+        "final_int6_sliding_window_exact val_loss:1.94321685 val_bpb:1.15088552\n"
+        "legal_ttt_exact val_loss:2.16183080 val_bpb:1.28036136\n"
+    )
+    [line] = [line for line in verdict_on(folder, import_published(folder)) if line.startswith("Class")]
+    assert line.startswith(f"Class {letter}")
+    assert "legal_ttt_exact" in line
+
+
+def test_the_verdict_comes_before_the_json(tmp_path, capsys):
+    folder = published(tmp_path / "x", name="evil \x1b[8m\nFAIL")
+    assert submission.main(["import", str(folder)]) == 0
+    verdict, _, rest = capsys.readouterr().out.partition("\n\n{")
+    assert verdict.splitlines()[-1].startswith("FAILS 1 of 4 limits")
+    assert "\x1b" not in verdict
+    assert json.loads("{" + rest)["known"]["val_bpb"] == 1.2243657
 
 
 def test_a_path_that_is_no_folder_is_not_imported(tmp_path, capsys):
@@ -167,7 +278,8 @@ NAMES = sorted({*(f.name for f in dataclasses.fields(record.Submission)), "seeds
 @settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES))
 def test_any_published_json_imports(tmp_path_factory, told):
-    submission.import_published(published(tmp_path_factory.mktemp("x"), **told))
+    folder = published(tmp_path_factory.mktemp("x"), **told)
+    assert verdict_on(folder, import_published(folder))
 
 
 # --- The schema ---
@@ -582,6 +694,60 @@ def test_git_changes_no_byte_of_a_record(tmp_path):
         assert (tmp_path / "clone" / path.relative_to(project)).read_bytes() == path.read_bytes()
 
 
+def test_new_says_at_once_what_the_track_refuses(tmp_path, capsys):
+    """All of it, before anything is written; the limits are those of the published challenge."""
+    for seed in (1, 2):
+        run_json(tmp_path / "logs", seed, bytes_total=16_000_001 + seed, seconds_train=600.5, seconds_evaluate=700.0)
+    options = ["--track", "track_10min_16mb"]
+    assert new(tmp_path, *options)[0] == 1
+    error = capsys.readouterr().err
+    for named in (
+        "H100",
+        "8x H100",
+        "2 seeds",
+        "16,000,002",
+        "16,000,003",
+        "601.00 s of training",
+        "700.00 s of eval",
+    ):
+        assert named in error
+    assert "the published FineWeb validation text" in error
+    assert "track_slowrun" in error.splitlines()[-1]
+    assert "track_non_record_16mb" not in error, "it is too large for that one, too"
+    assert not (tmp_path / "records").exists()
+
+    assert new(tmp_path, *options, "--force")[0] == 0
+    [folder] = (tmp_path / "records" / "track_10min_16mb").iterdir()
+    failing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tools/verify.py will fail it")]
+    names = {check.name for check in verify.static_checks(folder) if not check.ok}
+    assert {line.split(": ")[1] for line in failing} == names >= {"track", "seeds", "bytes", "clock"}
+
+
+def test_new_refuses_by_the_very_rules_of_verify(tmp_path):
+    """Whatever a track asks for: a fault is found by both or by neither."""
+    runs = {"device": "cuda:NVIDIA_H100", "world_size": 8, "val_documents": 50_000, "val_bytes": 151_080_363}
+    for seed in (1, 2, 3):
+        run_json(tmp_path / "logs", seed, val_text_sha256="unknown", val_accounting="pieces", **runs)
+    status, folder = new(tmp_path, "--track", "track_10min_16mb")
+    assert status == 0
+    s = record.load_submission(tmp_path / "records" / "track_10min_16mb" / folder.name)
+    for name, track in record.load_tracks()[1].items():
+        moved = dataclasses.replace(s, track=name)
+        logs = {seed: record.parse_log("step:1/2 train_loss:3 train_time:1ms\n") for seed in s.seed_results}
+        place = tmp_path / name / folder.name
+        checks = [
+            verify.check_track(place, moved),
+            verify.check_seeds(place, moved),
+            verify.check_bytes(place, moved),
+            verify.check_clock(moved, logs),
+        ]
+        found = [check.reason for check in checks if not check.ok]
+        faults = verify.refusals(moved, track)
+        assert all(any(fault in reason for reason in found) for fault in faults), name
+        if not faults:
+            assert not any("the track" in reason for reason in found), name
+
+
 BENCHMARKS = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}
 
 
@@ -636,14 +802,14 @@ def test_a_record_of_our_own_lacks_only_its_artifact(tmp_path):
     for seed in (1, 2):
         run_json(tmp_path / "runs", seed).with_name("log.txt").write_text(f"{final}\n")
     folder = new(tmp_path)[1]
-    found = submission.import_published(folder)
+    found = import_published(folder)
     [missing] = found.missing
     assert missing.startswith("the artifact")
     assert found.seeds["1"]["val_bpb"] == 1.01
     claims = record.read_json(folder / "submission.json")
     for odd in ([], "x", None):
         (folder / "submission.json").write_text(json.dumps(claims | {"seed_results": odd}))
-        assert "submission.json: seed_results" in submission.import_published(folder).missing
+        assert "submission.json: seed_results" in import_published(folder).missing
 
 
 # --- Reviews ---

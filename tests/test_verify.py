@@ -333,8 +333,9 @@ def test_lineage_tells_what_changed_in_the_script_and_in_the_settings(honest, tm
     base = forge(honest, track / "2026-01-01_Base")
     new = forge(honest, track / honest.name, "# one line\n", {"matrix_lr": 0.5}, base=f"{track.name}/{base.name}")
     assert failed(verify.static_checks(new)) == set()
-    assert reason_of("lineage", new).startswith("1 lines more and 0 less")
-    assert reason_of("lineage", new).endswith("settings: MATRIX_LR=0.5")
+    reason = reason_of("lineage", new)
+    assert f"{track.name}/{base.name}, adds 1 line to the script and removes 0" in reason
+    assert reason.endswith("1 setting: MATRIX_LR=0.5")
 
 
 def test_praise_by_the_author_counts_for_nothing(copied):
@@ -654,12 +655,12 @@ def test_reviews_hold_for_the_seed_and_the_code_that_they_name(honest):
     code = claims.code_sha256
     artifact = claims.seed_results["1"].artifact_sha256
     rescored = record.Review("2026-02-01", "r", "rescored", code, seed="1", artifact_sha256=artifact)
-    assert record.seed_states(claims, [rescored]) == {"1": "re-scored", "2": "unconfirmed"}
+    assert record.seed_states(claims, [rescored]) == {"1": "rescored", "2": "unconfirmed"}
     other_code = dataclasses.replace(rescored, code_sha256="0")
     other_artifact = dataclasses.replace(rescored, artifact_sha256="0")
     assert record.seed_states(claims, [other_code, other_artifact]) == {"1": "unconfirmed", "2": "unconfirmed"}
     reproduced = dataclasses.replace(rescored, kind="reproduced", seed="2", artifact_sha256="")
-    assert record.seed_states(claims, [reproduced, rescored]) == {"1": "re-scored", "2": "reproduced"}
+    assert record.seed_states(claims, [reproduced, rescored]) == {"1": "rescored", "2": "reproduced"}
     disputed = record.Review("2026-02-01", "r", "disputed", code)
     assert record.seed_states(claims, [rescored, disputed]) == {"1": "disputed", "2": "disputed"}
 
@@ -671,3 +672,124 @@ def test_a_record_cannot_print_a_check_of_its_own(honest, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "ok   score" not in [line[:10] for line in out.splitlines()]
     assert "\x1b" not in out
+
+
+# --- How far a record is confirmed, and what is the judge's own mistake ---
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_last_line_counts_and_names_what_fails(copied, capsys):
+    (copied / "README.md").unlink()
+    (copied / "reviews.json").write_text("{}")
+    n_checks = len(verify.static_checks(copied))
+    assert verify.main([str(copied)]) == 1
+    assert last_line(capsys) == f"FAILS 2 of {n_checks} checks: files, reviews."
+
+
+def test_the_last_line_says_what_others_confirmed_and_what_nobody_did(copied, capsys):
+    """From what is in reviews.json: one deed of two, then both, then an objection."""
+    claims = record.load_submission(copied)
+    assert verify.main([str(copied)]) == 0
+    line = last_line(capsys)
+    assert line.startswith("PASSES the static checks")
+    assert "--rescore" in line
+    assert "--rerun" in line
+
+    scored = confirmation(claims, "1", claims.seed_results["1"].val_bpb)
+    record.add_review(copied, scored)
+    assert verify.main([str(copied)]) == 0
+    line = last_line(capsys)
+    assert "seed 1 was scored again" in line
+    assert f"{claims.seed_results['1'].val_bpb:.4f}, as claimed (Grace, {claims.date})" in line
+    assert "--rescore" not in line
+    assert "--rerun" in line
+
+    record.add_review(copied, dataclasses.replace(scored, kind="reproduced", seed="2", artifact_sha256=""))
+    record.add_review(copied, dataclasses.replace(scored, kind="disputed", note="it reads the text"))
+    assert verify.main([str(copied)]) == 0
+    line = last_line(capsys)
+    assert "Seed 2 was trained again" in line
+    assert "Grace objects: it reads the text" in line
+    assert "--rerun" not in line
+
+
+def test_a_folder_of_the_published_challenge_is_called_so(tmp_path, capsys):
+    folder = tmp_path / "2026-03-18_Theirs"
+    folder.mkdir()
+    (folder / "submission.json").write_text('{"author": "a", "name": "n", "val_bpb": 1.2, "bytes_total": 5}')
+    assert verify.main([str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
+    assert f"submission.py import {folder}" in line
+
+
+def test_a_record_of_our_own_without_a_version_is_still_a_record(copied):
+    claims = record.read_json(copied / "submission.json")
+    del claims["schema_version"]
+    (copied / "submission.json").write_text(json.dumps(claims))
+    assert verify.main([str(copied)]) == 1
+
+
+def data_folder(root: Path, model: bytes, named: str) -> Path:
+    """A data set as the tools of data/ lay it out, whose manifest names a tokenizer by file and sha256."""
+    data = root / "datasets" / "my_sp1024"
+    (root / "tokenizers").mkdir(parents=True)
+    data.mkdir(parents=True)
+    (root / "tokenizers" / "my.model").write_bytes(model)
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"file": "my.model", "sha256": named}}))
+    return data
+
+
+def test_the_tokenizer_of_data_is_the_one_that_its_manifest_names(tmp_path):
+    data = data_folder(tmp_path / "a", b"model", record.sha256(b"model"))
+    assert verify.tokenizer_of(data).read_bytes() == b"model"
+    assert verify.tokenizer_of(data) == tmp_path / "a" / "tokenizers" / "my.model"
+
+    # One of the same name in another folder is taken for what it holds, not for where it lies.
+    (data / "my.model").write_bytes(b"another")
+    assert verify.tokenizer_of(data).read_bytes() == b"model"
+
+    other = data_folder(tmp_path / "b", b"another", record.sha256(b"model"))
+    with pytest.raises(record.JudgeError, match=record.sha256(b"another")[:12]):
+        verify.tokenizer_of(other)
+    (tmp_path / "b" / "tokenizers" / "my.model").unlink()
+    with pytest.raises(record.JudgeError, match=r"my\.model"):
+        verify.tokenizer_of(other)
+    (other / "manifest.json").write_text("[]")
+    with pytest.raises(record.JudgeError, match=r"manifest\.json"):
+        verify.tokenizer_of(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--rescore", "--data", "nowhere"], "nowhere"),
+        (["--rescore", "--data", "."], "fineweb_val"),
+        (["--rescore", "--tokenizer", "no.model"], "no.model"),
+        (["--rescore", "--artifact", "no.ptz"], "no.ptz"),
+        (["--rescore", "--artifact", __file__], "by size and sha256"),
+        (["--rescore", "--documents", "no.jsonl"], "no.jsonl"),
+        (["--rescore", "--unseen", "nothing"], "nothing"),
+        (["--rerun", "--run-seed", "77"], "seeds 1 and 2"),
+        (["--rerun", "--run-seed", "x"], "seeds 1 and 2"),
+    ],
+)
+def test_a_mistake_of_the_judge_is_not_a_failure_of_the_record(honest, tmp_path, monkeypatch, capsys, options, named):
+    monkeypatch.chdir(tmp_path)
+    assert verify.main([str(honest), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+
+
+def test_an_artifact_that_is_not_there_is_asked_for(copied, capsys):
+    [artifact] = copied.glob("final_model.*.ptz")
+    artifact.unlink()
+    assert verify.main([str(copied), "--rescore"]) == 2
+    assert "--artifact" in capsys.readouterr().err

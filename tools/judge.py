@@ -64,7 +64,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from record import ROOT, Check, Submission, known_text, track_of, verdict
+from record import ROOT, Check, JudgeError, Submission, known_text, track_of, verdict
 from sandbox import Bind, Limits, Sandboxed, is_visible, isolation
 from significance import student_quantile
 from torch import Tensor
@@ -155,10 +155,6 @@ class RecordError(Exception):
     def __init__(self, check: str, reason: str) -> None:
         super().__init__(reason)
         self.check = check
-
-
-class JudgeError(Exception):
-    """The judge's own installation does not do what it has to, which says nothing about the record."""
 
 
 class RecordProcess:
@@ -371,7 +367,8 @@ def check_config(config: tg.GPTConfig, submission: Submission) -> Check:
         value = getattr(config, name)
         if name in submission.settings and submission.settings[name] != value:
             problems.append(f"{name} is {value} in the artifact and {submission.settings[name]} in the settings")
-    return verdict("load", problems, f"a context of {config.eval_seq_len}, windows by {config.eval_method}")
+    windows = f"a context of {config.eval_seq_len} tokens, by {config.eval_method}"
+    return verdict("load", problems, f"the artifact loads, and is scored as its settings say: {windows}")
 
 
 def check_identity(identity: Mapping[str, Any], submission: Submission) -> Check:
@@ -381,14 +378,27 @@ def check_identity(identity: Mapping[str, Any], submission: Submission) -> Check
         claimed = getattr(submission, key)
         if identity[key] != claimed:
             problems.append(f"{key} is {identity[key]}, the record was scored on {claimed}")
-    return verdict("text", problems, "the text and its tokens are those of the record")
+    return verdict("text", problems, "the text and its tokens are those that the record was scored on")
+
+
+def refuse_other_shards(identity: Mapping[str, Any], submission: Submission, options: Options) -> None:
+    """JudgeError if the judge named other data than those that were scored, which says nothing about the record."""
+    keys = ("val_text_sha256", "val_shards_sha256")
+    others = [key for key in keys if identity[key] != getattr(submission, key)]
+    if others and not options.data_is_own:
+        key = others[0]
+        raise JudgeError(
+            f"--data={options.data} holds another text or other tokens than the record was scored on ({key} is "
+            f"{identity[key]:.12}, not {getattr(submission, key):.12}): name the data set of its README.md"
+        )
 
 
 def check_tokenizer(tokenizer: Path) -> Check:
     """Whether the file holds a tokenizer and nothing else that could tell the text (data/tokenizer.py)."""
     model = tokenizer.read_bytes()
     problems = model_faults(model)
-    return verdict("tokenizer", problems, f"an ordinary SentencePiece model, {vocabulary_bytes(model)} bytes of pieces")
+    summary = f"the tokenizer is an ordinary SentencePiece model with {vocabulary_bytes(model):,} bytes of pieces"
+    return verdict("tokenizer", problems, summary)
 
 
 def check_vocabulary_bytes(tokenizer: Path, submission: Submission) -> Check:
@@ -401,8 +411,12 @@ def check_vocabulary_bytes(tokenizer: Path, submission: Submission) -> Check:
     track = track_of(submission)
     limit = track.max_total_bytes if track else None
     n_bytes = submission.bytes_total + counted
-    reason = f"{counted} bytes of the vocabulary count ({FREE_VOCABULARY_BYTES} are free), {n_bytes} bytes in all"
-    return Check("vocabulary_bytes", limit is None or n_bytes <= limit, f"{reason} of {limit or 'any number'}")
+    allowed = "the track has no limit" if limit is None else f"the track allows {limit:,}"
+    reason = (
+        f"the vocabulary adds {counted:,} bytes to the size, of which {FREE_VOCABULARY_BYTES:,} are free: "
+        f"{n_bytes:,} in all ({allowed})"
+    )
+    return Check("vocabulary_bytes", limit is None or n_bytes <= limit, reason)
 
 
 def check_vocabulary(split: tg.ValSplit, tokenizer: Path) -> Check:
@@ -425,13 +439,13 @@ def check_vocabulary(split: tg.ValSplit, tokenizer: Path) -> Check:
     n_once = int(used_once.sum())
     n_never = int(((counts == 0) & (sizes > 0)).sum())
     share = float(sizes[used_once].sum() / split.bytes[1:].sum(dtype=np.int64))
-    reason = f"{n_once} of its pieces occur once in the text and make up {share:.1%} of it, {n_never} do not occur"
+    reason = f"{n_once} pieces occur once in the text and make up {share:.1%} of it, {n_never} do not occur"
 
     if n_once > MAX_ONCE_PER_NEVER * n_never + FREE_ONCE:
         return Check("vocabulary", False, f"{reason}: that many look like the text itself, cut up")
     if share > MAX_ONCE_SHARE:
         return Check("vocabulary", False, f"{reason}: score on a longer text, or with a smaller vocabulary")
-    return Check("vocabulary", True, reason)
+    return Check("vocabulary", True, f"the pieces do not look like the scored text, cut up: {reason}")
 
 
 def check_bytes_of_text(
@@ -445,9 +459,9 @@ def check_bytes_of_text(
     """
     name = "bytes_of_text"
     if split.identity["val_accounting"] == "pieces":
-        reason = "they are those of the tokenizer's pieces, of normalised text"
+        reason = "the bytes are counted from the tokenizer's pieces, so they are those of normalised text"
         if data_is_own:
-            reason += ", and for the record's own data that proves nothing: name others with --data"
+            reason += ". For the record's own data that proves nothing: name other data with --data"
         return [Check(name, not data_is_own, reason)]
 
     starts = np.flatnonzero(split.ids == bos_id)
@@ -486,14 +500,14 @@ def check_bytes_of_text(
     expected = np.array([n_bytes.sum() for _, n_bytes in encoded])
 
     n_bytes_of_text = sum(len(text.encode()) for text in texts)
-    found = f"the tokens give back {expected.sum()} of {n_bytes_of_text} bytes in {len(expected)} documents"
+    found = f"decoding gives back {expected.sum():,} of the {n_bytes_of_text:,} bytes of {len(expected):,} documents"
     if expected.sum() < MIN_GIVEN_BACK * n_bytes_of_text:
         # What is left out need not be predicted. So whoever chose it could leave out all that is hard.
         reason = f"{found}, and a score needs {MIN_GIVEN_BACK:.0%}: export the text with another tokenizer"
         return [*checks, Check(name, False, reason)]
     if not np.array_equal(expected, counted):
-        return [*checks, Check(name, False, f"{found}, the data count {counted.sum()} in {len(counted)}")]
-    checks.append(Check(name, True, f"{found}, as counted"))
+        return [*checks, Check(name, False, f"{found}, and the data count {counted.sum():,} in {len(counted):,}")]
+    checks.append(Check(name, True, f"{found}, as the data count them"))
     checks.append(check_hidden(texts, submission))
     return checks
 
@@ -509,9 +523,9 @@ def text_sha256(texts: Sequence[str]) -> str:
 def check_lossless(is_lossless: bool, submission: Submission) -> Check:
     """Whether the record says of its tokenizer what the decoded tokens show."""
     if is_lossless:
-        found = "lossless: the decoded tokens are the text"
+        found = "the tokenizer is lossless, because decoding gives back the text"
     else:
-        found = "lossy: the decoded tokens are not the text, and what they drop counts no bytes"
+        found = "the tokenizer is lossy: what decoding does not give back counts no bytes"
     ok = submission.tokenizer_lossless is is_lossless
     return Check("lossless", ok, found if ok else f"{found}; the record says tokenizer_lossless is {not is_lossless}")
 
@@ -526,10 +540,10 @@ def check_hidden(texts: Sequence[str], submission: Submission) -> Check:
     long_lines = [line for line in lines if len(line) >= MIN_LINE_CHARACTERS]
     share = sum(line in in_library for line in long_lines) / max(1, len(long_lines))
 
-    reason = f"{share:.1%} of the lines of the text stand in the standard library, which the sandbox holds"
+    reason = f"{share:.1%} of the lines of the text stand in Python's standard library, which the sandbox holds"
     known = known_text(submission.val_documents, submission.val_text_sha256)
     if known is not None and known.demonstration:
-        return Check("hidden", True, f"{reason}: a demonstration, which ranks nowhere")
+        return Check("hidden", True, f"{reason}; such a text is a demonstration, which ranks nowhere")
     if share > MAX_LIBRARY_SHARE:
         reason += ": such a text is a demonstration, and has to be listed as one in records/texts.json"
     return Check("hidden", share <= MAX_LIBRARY_SHARE, reason)
@@ -628,14 +642,14 @@ def check_score(name: str, scores: UnitScores, claim: float, margin: float, may_
     excess = scores.bpb - claim
     if scores.whole:
         allowed = margin
-        found = f"val_bpb {scores.bpb:.6f} ({scores.n_targets} targets)"
-        remark = f"they may differ by {allowed:.4f}"
+        found = f"val_bpb is {scores.bpb:.6f} over {scores.n_targets:,} targets"
+        remark = f"the two may differ by {allowed:.4f}"
     else:
         allowed = margin + allowed_by_chance(scores.error, scores.n)
-        found = f"val_bpb {scores.bpb:.6f} +- {scores.interval:.4f} (partial:{scores.n}_of_{scores.n_units}_units)"
-        remark = f"a sample of this size would not notice a difference below {allowed:.4f}"
+        found = f"val_bpb is {scores.bpb:.6f} +- {scores.interval:.4f} in {scores.n} of {scores.n_units} units"
+        remark = f"a sample of this size does not notice a difference below {allowed:.4f}"
     ok = excess <= allowed and (may_be_better or -excess <= allowed)
-    return Check(name, ok, f"{found}, the record claims {claim:.6f}; {remark}")
+    return Check(name, ok, f"{found}, and the record claims {claim:.6f} ({remark})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -802,11 +816,16 @@ def check_repeated(answers: Answers) -> Check:
     distance = max(answers.distances)
     gain = max(map(abs, answers.gains))
     max_gain = MAX_DEVIATIONS * MOST_ROUNDING.nats
-    reason = (
-        f"{len(answers.gains)} questions asked twice: distributions differ by up to {distance:.2g} (rounding explains "
-        f"at most {MOST_ROUNDING.distance:g}), targets by {gain:.2g} nats ({max_gain:g})"
+    ok = distance <= MOST_ROUNDING.distance and gain <= max_gain
+    asked = f"asked {len(answers.gains)} questions twice"
+    if distance == gain == 0.0:
+        return Check("deterministic", ok, f"{asked}; the answers were the same")
+    outcome = "the answers were the same up to rounding" if ok else "the answers differ by more than rounding"
+    figures = (
+        f"distributions by {distance:.2g} at most, with {MOST_ROUNDING.distance:g} allowed; "
+        f"targets by {gain:.2g} nats, with {max_gain:g} allowed"
     )
-    return Check("deterministic", distance <= MOST_ROUNDING.distance and gain <= max_gain, reason)
+    return Check("deterministic", ok, f"{asked}; {outcome} ({figures})")
 
 
 def check_same_answers(name: str, context: str, answers: Answers, rounding: Rounding) -> Check:
@@ -825,12 +844,16 @@ def check_same_answers(name: str, context: str, answers: Answers, rounding: Roun
     max_gain = MAX_DEVIATIONS * rounding.nats
     max_mean_gain = 3 * rounding.nats / math.sqrt(max(1, at_random.sum()))
     ok = distance <= rounding.distance and gain <= max_gain and mean_gain <= max_mean_gain
-    reason = (
-        f"asked at {len(gains)} places without {context}: distributions differ by up to {distance:.2g} "
-        f"(rounding explains {rounding.distance:g}), with it targets gain up to {gain:.2g} nats ({max_gain:g}) and "
-        f"{mean_gain:.2g} on average ({max_mean_gain:.2g})"
+    asked = f"asked again at {len(gains):,} places without {context}"
+    if not distance and not gains.any():
+        return Check(name, ok, f"{asked}; nothing changed")
+    outcome = "nothing changed but the rounding" if ok else "the predictions changed, so it used what it may not know"
+    figures = (
+        f"distributions differ by {distance:.2g} at most, with {rounding.distance:g} allowed; "
+        f"a target gains {max(gain, 0.0):.2g} nats at most, with {max_gain:.2g} allowed, "
+        f"and {mean_gain:.2g} on average, with {max_mean_gain:.2g} allowed"
     )
-    return Check(name, ok, reason)
+    return Check(name, ok, f"{asked}; {outcome} ({figures})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1089,11 +1112,13 @@ def check_unseen(
         return Check("unseen", False, f"{options.unseen.name}, the other text: {'; '.join(failed)}")
     gap = other.bpb - scores.bpb
     chance = allowed_by_chance(math.hypot(other.error_of_source, scores.error_of_source), min(other.n, scores.n))
+    ok = gap <= chance + UNSEEN_GAP
+    outcome = "the scored text is no easier than" if ok else "the scored text is much easier than"
     reason = (
-        f"{options.unseen.name} has {other.bpb:.4f} bits per byte, {gap:+.4f} against the scored text; chance explains "
-        f"{chance:.4f}, and {UNSEEN_GAP} is allowed beyond"
+        f"{outcome} {options.unseen.name}, text of its source: {scores.bpb:.4f} and {other.bpb:.4f} bits per byte "
+        f"(a gap of {gap:+.4f}; chance explains {chance:.4f}, and {UNSEEN_GAP} more is allowed)"
     )
-    return Check("unseen", gap <= chance + UNSEEN_GAP, reason)
+    return Check("unseen", ok, reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1182,11 +1207,12 @@ def judge_adaptive(
         found = score_adaptive(process, blind, split, options.sample, rng)
 
     normalised = (
-        f"the log of a sum of probabilities is up to {found.largest_log_sum:.2g}; rounding explains {MAX_LOG_SUM:g}"
+        "the probabilities of every token have to add up to 1; the log of their sum is "
+        f"{found.largest_log_sum:.2g} at most, with {MAX_LOG_SUM:g} allowed"
     )
     side_effects = (
-        f"predicting a chunk twice changes probabilities by up to {found.largest_change:.2g}; rounding explains "
-        f"{MAX_CHANGE:g}"
+        "a chunk that is predicted twice has to get the same probabilities; they differ by "
+        f"{found.largest_change:.2g} at most, with {MAX_CHANGE:g} allowed"
     )
     checks = [
         Check("normalised", found.largest_log_sum <= MAX_LOG_SUM, normalised),
@@ -1306,8 +1332,8 @@ def rescore(
                     checks.append(check_unseen(start, judge_class, scores, options, rng))
     except RecordError as error:
         checks.append(Check(error.check, False, str(error)))
-    except JudgeError as error:
-        checks.append(Check("judge", False, str(error)))
+    except JudgeError:
+        raise
     except Exception as error:  # whatever a record makes the judge stumble over is a failure of the record
         checks.append(Check("run", False, f"it cannot be judged: {error!r:.300}"))
 
@@ -1320,9 +1346,9 @@ def check_isolation(without_walls: bool) -> Check:
     """Whether the record's code can be kept from the network and from other files, or the judge does without."""
     found = isolation()
     if found == "namespaces":
-        return Check("isolation", True, found)
+        return Check("isolation", True, "its code runs in a sandbox, without network and other files")
     if without_walls:
-        return Check("isolation", True, f"{found}; --without-walls runs the record's code all the same")
+        return Check("isolation", True, f"its code runs without a sandbox, as --without-walls asks ({found})")
     reason = f"{found}, so that the record's code could read the text and change files: judge it on Linux with user "
     return Check("isolation", False, f"{reason}namespaces, or trust it and add --without-walls")
 
@@ -1337,6 +1363,7 @@ def judge_text(
             return None, checks
         checks.append(check_vocabulary_bytes(options.tokenizer, submission))
         split = load_split(options.data, options.tokenizer, config)
+        refuse_other_shards(split.identity, submission, options)
         checks.append(check_identity(split.identity, submission))
         checks.append(check_vocabulary(split, options.tokenizer))
         checks += check_bytes_of_text(

@@ -9,6 +9,9 @@ ranks first. Tables of two kinds rank nothing: those of texts that lie in every 
 those of texts that records/texts.json does not list, because anybody can make one up. A record that shares an artifact,
 or a loss to the last digit, with an older one fails as its copy.
 
+The tables come in the order of tracks.json, which has the most important track first, then in that of texts.json.
+Texts that nobody listed come last.
+
 A new record shows, at p < p_value, that it beats the best of the days before by more than the track's min_gain. The
 test is Welch's, one-sided, over all seeds of both, of the hypothesis "the gain is at most min_gain". This is the
 published rule read literally ("show at p < 0.01 that they achieved the required improvement"); it is stricter than
@@ -23,9 +26,9 @@ The state of a record follows from its folder:
 
     disputed     reviews.json holds a dispute that no later entry settles
     reproduced   somebody trained its seeds again, with the code that it has now
-    re-scored    somebody scored the artifacts of its seeds again, with the code that it has now
-    verified     every static check of tools/verify.py passes
-    claimed      none of these
+    rescored     somebody scored the artifacts of its seeds again, with the code that it has now
+    consistent   its files agree with each other, by the static checks of tools/verify.py, and nobody looked further
+    failing      it fails one of these checks
 
 A confirmation holds for the seed that it names. Where that is not all of them, the state says how many.
 
@@ -37,7 +40,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
-import itertools
 import os
 import re
 import statistics
@@ -59,11 +61,14 @@ from record import (
     ScoredText,
     Submission,
     Track,
+    confirmations,
+    is_published,
     known_text,
     load_reviews,
     load_submission,
     load_tracks,
     newest_judge_version,
+    place_of_text,
     record_folders,
     seed_states,
 )
@@ -71,20 +76,25 @@ from significance import welch
 from verify import static_checks
 
 MAINTAINERS = "The maintainers"  # the author of reference runs
-PREDICTOR_CLASSES = {"A": "Class A, a fixed predictor", "B": "Class B, adapts to tokens that were scored"}
+PREDICTOR_CLASSES = {
+    "A": "class A, fixed predictors",
+    "B": "class B, which learn from tokens that were scored",
+}
 UNITS = {"val_bpb": "bpb", "train_seconds": "s"}
 DEMONSTRATION = (
-    "A demonstration, which ranks nothing: the text is the documentation of Python itself, so that every script can "
-    "read it where it is judged."
+    "Not ranked. This text is the documentation of Python itself, which every script can read where it is judged, so "
+    "the table only shows how a record looks."
 )
-UNLISTED_TEXT = "It ranks nothing: records/texts.json does not list the text, so that nobody knows what was scored."
+UNLISTED_TEXT = "Not ranked. records/texts.json does not list this text, so nobody knows what was scored."
+NO_RECORD = "No record yet."
+MAX_SUMMARY = 100  # characters
 
-State = Literal["disputed", "reproduced", "re-scored", "verified", "claimed"]
+State = Literal["disputed", "reproduced", "rescored", "consistent", "failing"]
 STATES: dict[State, str] = {
-    "reproduced": "somebody trained its seeds again",
-    "re-scored": "somebody scored the artifacts of its seeds again",
-    "verified": "its files pass every static check",
-    "claimed": "its files fail one",
+    "reproduced": "somebody else trained its seeds again",
+    "rescored": "somebody else scored its artifacts again",
+    "consistent": "its files agree with each other, and nobody has looked further",
+    "failing": "it fails a check of its files",
     "disputed": "an objection is open",
 }
 
@@ -150,7 +160,7 @@ class Board(NamedTuple):
     """Everything that there is to show."""
 
     tracks: dict[str, Track]
-    tables: list[Table]  # in the order of tracks.json; of a track, the table with the most records first
+    tables: list[Table]  # the most important first
     unlisted: list[tuple[Path, str]]  # folders that hold no readable record, and why
 
 
@@ -175,9 +185,15 @@ def read_board(records: Path, tracks: dict[str, Track]) -> Board:
         groups.setdefault(key, []).append(entry)
 
     track_names = list(tracks)
-    order = sorted(groups, key=lambda key: (track_names.index(key.track_name), key[1], -len(groups[key]), key[2:]))
+
+    def importance(key: TableKey) -> tuple[Any, ...]:
+        text = key.text
+        accounting = (text.accounting, str(text.lossless), text.sha256, text.documents, text.bytes)
+        place = place_of_text(text.documents, text.sha256)
+        return track_names.index(key.track_name), place, key.predictor_class, accounting, key.device
+
     tables = []
-    for key in order:
+    for key in sorted(groups, key=importance):
         track = tracks[key.track_name]
         tables.append(Table(key, track, ranked(groups[key], track)))
     return Board(tracks, tables, unlisted)
@@ -194,7 +210,7 @@ def without_copies(entry: Entry, folder_with: dict[tuple[str, Any], Path]) -> En
             if other != entry.folder:
                 reason = f"copy: it has the {key} of a run in {other.parent.name}/{other.name}"
                 return dataclasses.replace(
-                    entry, state="claimed", reason=f"fails a check: {reason}", failures=(*entry.failures, reason)
+                    entry, state="failing", reason=f"fails a check: {reason}", failures=(*entry.failures, reason)
                 )
     return entry
 
@@ -203,6 +219,8 @@ def read_entry(folder: Path, tracks: Mapping[str, Track]) -> Entry:
     """Read one record; ValueError with the reason if it cannot be ranked."""
     if not FOLDER_NAME.fullmatch(folder.name):
         raise ValueError("the folder's name is not YYYY-MM-DD_Name")
+    if is_published(folder):
+        raise ValueError("a submission of the published challenge: tools/submission.py import shows what it holds")
     submission = load_submission(folder)
     if folder.parent.name not in tracks:
         raise ValueError(f"tracks.json has no track {folder.parent.name}")
@@ -249,23 +267,21 @@ def state_of(
     fails a check.
     """
     states = list(seed_states(submission, reviews).values())
-    same_code = [review for review in reviews if review.code_sha256 == submission.code_sha256]
+    confirmed = confirmations(submission, reviews)
     if "disputed" in states:
         dispute = [review for review in reviews if review.kind == "disputed"][-1]
         return "disputed", describe(dispute, "disputed"), states.count("disputed"), None
     if failures:
-        return "claimed", f"fails a check: {'; '.join(failures)}", 0, None
+        return "failing", f"fails a check: {'; '.join(failures)}", 0, None
 
-    kinds: list[tuple[State, str, str]] = [
-        ("reproduced", "reproduced", "trained again"),
-        ("re-scored", "rescored", "scored again"),
-    ]
-    for state, kind, deed in kinds:
+    # A review and the state that it brings have one name. What is worth more comes first.
+    deeds: dict[Literal["reproduced", "rescored"], str] = {"reproduced": "trained again", "rescored": "scored again"}
+    for state, deed in deeds.items():
         if state in states:
-            found = [review for review in same_code if review.kind == kind]
+            found = [review for review in confirmed if review.kind == state]
             reasons = "; ".join(describe(review, deed) for review in found)
             return state, reasons, states.count(state), found[-1].val_bpb_interval
-    return "verified", "passes every check of tools/verify.py that needs no training", 0, None
+    return "consistent", "passes the static checks of tools/verify.py; nobody has scored or trained it again", 0, None
 
 
 def describe(review: Review, deed: str) -> str:
@@ -305,7 +321,7 @@ def ranked(entries: Iterable[Entry], track: Track) -> list[Row]:
             p = welch(bar.submission.values(key), entry.submission.values(key), track.min_gain)
         text = entry.submission.scored_text
         if not ranks(text):
-            verdict = "no: a demonstration" if is_demonstration(text) else "no: the text is not listed"
+            verdict = "not ranked: a demonstration" if is_demonstration(text) else "not ranked: an unlisted text"
             rows.append(Row(entry, None, None, None, verdict))
             continue
         verdict = verdict_on(entry, track, gain, p, is_first=entry is first)
@@ -333,15 +349,17 @@ def verdict_on(entry: Entry, track: Track, gain: float | None, p: float | None, 
     if is_first:
         return "first"
     if len(entry.submission.seed_results) < track.min_seeds:
-        return f"no: needs {track.min_seeds} seeds"
+        return f"no: too few seeds, {track.min_seeds} are needed"
     if gain is None:
-        return "no: not the best of the first day"
+        return "no: a better one came on the same day"
+    if gain <= 0:
+        return "no: an earlier one is as good or better"
     if gain <= track.min_gain:
-        return f"no: gain not over {track.min_gain:g}"
+        return f"no: better by {track.min_gain:g} {UNITS[track.rank_by]} or less"
     if p is None:
-        return "no: one seed shows no spread"
+        return "no: with one seed the gain may be chance"
     if p >= track.p_value:
-        return f"no: p not under {track.p_value:g}"
+        return f"no: the gain may be chance (p is not under {track.p_value:g})"
     return "yes"
 
 
@@ -371,6 +389,7 @@ def row_cells(row: Row, track: Track) -> dict[str, Cell]:
     cells = {
         "#": Cell("–" if row.rank is None else str(row.rank), row.rank),
         "record": name_cell(entry),
+        "summary": Cell(summary(s.blurb)),
     }
     if track.rank_by == "val_bpb":
         cells |= {"val_bpb": score, "seeds": seeds}
@@ -391,17 +410,50 @@ def row_cells(row: Row, track: Track) -> dict[str, Cell]:
     if 0 < entry.n_confirmed < len(s.seed_results):
         state += f" ({entry.n_confirmed} of {len(s.seed_results)} seeds)"
     if s.judge_version < newest_judge_version():
-        state += f", judge {s.judge_version}"
-    gain = "" if row.gain is None else number(row.gain, track.rank_by, signed=True)
+        state += ", older rules"
     return cells | {
         "hardware": Cell(hardware(s.hardware), s.hardware),
         "author": Cell(clean(s.author, 60), s.author.casefold(), title=s.github_id),
         "date": Cell(s.date, s.date),
         "state": Cell(state, entry.state, title=entry.reason),
-        "gain": Cell(gain, row.gain),
-        "p": Cell(p_text(row), row.p),
+        **gain_cells(row, track),
         "new record": Cell(row.verdict, row.verdict),
     }
+
+
+def gain_cells(row: Row, track: Track) -> dict[str, Cell]:
+    """The gain, and how likely it is by chance, where they mean something.
+
+    That is a gain above 0, and a test of one that is above what the track asks for.
+    """
+    gain = Cell("")
+    p = Cell("")
+    if row.gain is not None and row.gain > 0 and row.entry.stands:
+        gain = Cell(number(row.gain, track.rank_by, signed=True), row.gain)
+        if row.gain > track.min_gain:
+            p = Cell(p_text(row.p), row.p)
+    return {"gain": gain, "p": p}
+
+
+def table_cells(table: Table) -> list[dict[str, Cell]]:
+    """The cells of all rows, without the columns of gains where no row has one."""
+    rows = [row_cells(row, table.track) for row in table.rows]
+    for column in ("gain", "p"):
+        if not any(row[column].text for row in rows):
+            for row in rows:
+                del row[column]
+    return rows
+
+
+def summary(blurb: str) -> str:
+    """The first sentence of what the author says of a record. A long one is cut after a clause, or after a word."""
+    sentence = re.split(r"(?<=[.!?]) ", clean(blurb))[0]
+    if len(sentence) <= MAX_SUMMARY:
+        return sentence
+    start = sentence[: MAX_SUMMARY - 3]
+    ends = [found.start() for found in re.finditer(r"[,;:] ", start)]
+    end = ends[-1] if ends and ends[-1] > MAX_SUMMARY // 2 else start.rfind(" ")
+    return (start[:end] if end > 0 else start) + "..."
 
 
 def name_cell(entry: Entry) -> Cell:
@@ -429,12 +481,10 @@ def number(value: float, key: str, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''},.{digits}f}"
 
 
-def p_text(row: Row) -> str:
-    if row.gain is None:
-        return ""
-    if row.p is None:
+def p_text(p: float | None) -> str:
+    if p is None:
         return "n/a"
-    return "<0.0001" if row.p < 1e-4 else f"{row.p:.2g}"
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def hardware(name: str) -> str:
@@ -460,33 +510,54 @@ def rule(track: Track) -> str:
     seeds = f"at least {track.min_seeds} seeds" if track.min_seeds > 1 else "at least two seeds on both sides"
     return (
         f"Ranked by the mean {track.rank_by}, lowest first. A new record beats the best of the days before{margin} at "
-        f"p < {track.p_value:g} (one-sided Welch t-test over all seeds), with {seeds}; the first of a table counts. "
-        "One that is disputed, or fails a check, has no rank and sets no bar. Reference runs are the maintainers' own: "
-        "they set the bar, but are never called new records."
+        f"p < {track.p_value:g} (one-sided Welch t-test over all seeds), with {seeds}. The first of a table counts "
+        "without a test. What is disputed or fails a check has no rank and sets no bar. Reference runs are the "
+        "maintainers' own: they set the bar, but are never called new records."
     )
 
 
 def text_name(text: ScoredText) -> str:
+    """The text of a table in words."""
     known = known_text(text.documents, text.sha256)
-    if known is not None and known.bytes == text.bytes:
-        name = known.name
-    else:
-        name = f"text {clean(text.sha256)[:12]}, {text.documents:,} documents"
-    counted = {True: "lossless tokenizers", False: "lossy tokenizers", None: "bytes of the tokenizer's pieces"}
-    return f"{name}, {text.bytes:,} bytes ({counted[text.lossless]})"
+    if known is None:
+        return f"an unlisted text of {text.documents:,} documents (sha256 {clean(text.sha256)[:8]})"
+    if known.bytes != text.bytes:
+        return f"{known.name}, in an export of {text.bytes:,} bytes"
+    return known.name
+
+
+def bytes_of_text(text: ScoredText) -> str:
+    counted = {True: "lossless tokenizers", False: "lossy tokenizers", None: "counted from the tokenizer's pieces"}
+    return f"{text.bytes:,} bytes, {counted[text.lossless]}"
 
 
 def caption(table: Table) -> str:
-    parts = [PREDICTOR_CLASSES[table.key.predictor_class], text_name(table.key.text)]
+    text = table.key.text
+    parts = [f"On {text_name(text)} ({bytes_of_text(text)})", PREDICTOR_CLASSES[table.key.predictor_class]]
     if table.key.device:
         parts.append(hardware(table.key.device))
     return clean("; ".join(parts))
 
 
+def table_note(table: Table) -> str:
+    """Why a table ranks nothing; empty if it does."""
+    if is_demonstration(table.key.text):
+        return DEMONSTRATION
+    return "" if ranks(table.key.text) else UNLISTED_TEXT
+
+
+def tables_of_tracks(board: Board) -> dict[str, list[Table]]:
+    """The tables by the name of their track: of every track that has one, and of the most important one."""
+    tables: dict[str, list[Table]] = {next(iter(board.tracks)): []} if board.tables else {}
+    for table in board.tables:
+        tables.setdefault(table.key.track_name, []).append(table)
+    return tables
+
+
 def tracks_without_records(board: Board) -> list[str]:
-    """The titles of the tracks that have no table."""
-    used = {table.key.track_name for table in board.tables}
-    return [track.title for name, track in board.tracks.items() if name not in used]
+    """The titles of the other tracks, which have no table."""
+    shown = tables_of_tracks(board)
+    return [track.title for name, track in board.tracks.items() if name not in shown]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,16 +568,15 @@ def tracks_without_records(board: Board) -> list[str]:
 def full_markdown(board: Board, base: Path) -> str:
     """All tables, for a file in the folder `base`."""
     lines: list[str] = []
-    for track_name, tables in itertools.groupby(board.tables, key=lambda table: table.key.track_name):
+    for track_name, tables in tables_of_tracks(board).items():
         track = board.tracks[track_name]
-        lines += [f"## {escape_markdown(track.title)}", "", escape_markdown(track.rules), "", rule(track), ""]
+        lines += [f"## {escape_markdown(track.title)}", "", escape_markdown(track.rules), ""]
+        lines += [rule(track) if tables else NO_RECORD, ""]
         for table in tables:
             lines += [f"### {escape_markdown(caption(table))}", ""]
-            if is_demonstration(table.key.text):
-                lines += [DEMONSTRATION, ""]
-            elif not ranks(table.key.text):
-                lines += [UNLISTED_TEXT, ""]
-            lines += markdown_table([row_cells(row, track) for row in table.rows], base)
+            if note := table_note(table):
+                lines += [note, ""]
+            lines += markdown_table(table_cells(table), base)
             lines.append("")
 
             notes = [why_no_rank(row.entry) for row in table.rows if not row.entry.stands]
@@ -516,15 +586,15 @@ def full_markdown(board: Board, base: Path) -> str:
     if board.tables:
         meanings = "; ".join(f"{state}, {meaning}" for state, meaning in STATES.items())
         lines += [
-            f'States: {meanings}. "Judge" with a number marks scores by earlier rules than the present ones '
-            f"(JUDGE_VERSION {newest_judge_version()}).",
+            f"States: {meanings}. Older rules: scored by a judge before the present one, JUDGE_VERSION "
+            f"{newest_judge_version()}.",
             "",
         ]
     empty = tracks_without_records(board)
     if empty:
         lines += [f"No record yet: {'; '.join(map(escape_markdown, empty))}.", ""]
     if board.unlisted:
-        lines += ["## Not listed", "", "Folders without a record that can be ranked, and why.", ""]
+        lines += ["## Not listed", "", "Folders that hold no record which can be ranked, and why.", ""]
         for folder, reason in board.unlisted:
             name = escape_markdown(f"{folder.parent.name}/{folder.name}")
             lines.append(f"- [{name}]({link(folder, base)}): {escape_markdown(reason)}")
@@ -538,25 +608,37 @@ def why_no_rank(entry: Entry) -> str:
     return f"- {escape_markdown(entry.submission.name)}: {escape_markdown('; '.join(reasons))}"
 
 
-SHORT_COLUMNS = ("record", "val_bpb", "seeds", "bytes", "train s", "hardware", "author", "date", "state")
+SHORT_COLUMNS = ("record", "summary", "author", "date", "state")
 
 
 def short_markdown(board: Board, base: Path) -> str:
-    """The best of every table, for a file in the folder `base`."""
+    """The best of every table that ranks something, for a file in the folder `base`."""
     rows = []
     for table in board.tables:
         best = table.rows[0]
-        if best.rank is not None:
-            cells = row_cells(best, table.track)
-            rows.append(
-                {
-                    "track": Cell(table.track.title),
-                    "class": Cell(table.key.predictor_class),
-                    "text": Cell(text_name(table.key.text)),
-                    **{column: cells[column] for column in SHORT_COLUMNS},
-                }
-            )
-    return "\n".join(markdown_table(rows, base)) if rows else "No record yet."
+        if best.rank is None:
+            continue
+        cells = row_cells(best, table.track)
+        title = table.track.title
+        if table.key.predictor_class != "A":  # fixed predictors are the rule, and need no words
+            title += f", class {table.key.predictor_class}"
+        score = "val_bpb" if table.track.rank_by == "val_bpb" else "train s"
+        rows.append(
+            {
+                "track": Cell(title),
+                "score": Cell(f"{cells[score].text} {UNITS[table.track.rank_by]}"),
+                **{column: cells[column] for column in SHORT_COLUMNS},
+                "text": Cell(text_name(table.key.text)),
+            }
+        )
+    if not rows:
+        return NO_RECORD
+
+    lines = []
+    headline = next(iter(board.tracks.values()))
+    if board.tables[0].track is not headline:
+        lines = [f"{escape_markdown(headline.title)}: no record yet. The best of the other tracks:", ""]
+    return "\n".join([*lines, *markdown_table(rows, base)])
 
 
 def markdown_table(rows: Sequence[Mapping[str, Cell]], base: Path) -> list[str]:

@@ -13,7 +13,6 @@ import argparse
 import base64
 import hashlib
 import html
-import itertools
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from leaderboard import (
+    NO_RECORD,
     STATES,
     Board,
     Cell,
@@ -34,8 +34,10 @@ from leaderboard import (
     clean,
     link,
     read_board,
-    row_cells,
     rule,
+    table_cells,
+    table_note,
+    tables_of_tracks,
     tracks_without_records,
 )
 from record import RECORDS, CurvePoint, load_tracks, log_path, parse_log
@@ -63,7 +65,9 @@ COLUMNS_OF_WORDS = {"record", "hardware", "author", "state", "new record"}
 
 def html_table(table: Table, base: Path, figure: str) -> str:
     """A table with its title and, if `figure` is not empty, a place for the figure of that name."""
-    rows = [row_cells(row, table.track) for row in table.rows]
+    rows = table_cells(table)
+    for cells in rows:
+        del cells["summary"]  # the whole of it stands below the name
     heads = "".join(html_head(title) for title in rows[0])
 
     lines = []
@@ -74,7 +78,9 @@ def html_table(table: Table, base: Path, figure: str) -> str:
 
     label = html.escape(f"{table.track.title}. {caption(table)}")
     place = f'\n<figure data-curves="{html.escape(figure)}"></figure>' if figure else ""
-    return f"""<h3>{html.escape(caption(table))}</h3>
+    note = table_note(table)
+    shown_note = f'\n<p class="rule">{html.escape(note)}</p>' if note else ""
+    return f"""<h3>{html.escape(caption(table))}</h3>{shown_note}
 <div class="wide"><table role="table" aria-label="{label}">
 <thead role="rowgroup"><tr role="row">{heads}</tr></thead>
 <tbody role="rowgroup">
@@ -182,7 +188,7 @@ def page(board: Board, base: Path) -> str:
     sections, curves = html_sections(board, base)
 
     links = []
-    for track_name in dict.fromkeys(table.key.track_name for table in board.tables):
+    for track_name in tables_of_tracks(board):
         links.append(f'<a href="#{html.escape(track_name)}">{html.escape(board.tracks[track_name].title)}</a>')
     states = [f'<span><span class="badge {state}">{state}</span> {meaning}</span>' for state, meaning in STATES.items()]
 
@@ -213,7 +219,7 @@ def html_sections(board: Board, base: Path) -> tuple[str, dict[str, Any]]:
     """The sections of all tracks, and what each figure draws, by the figure's name."""
     sections = []
     curves: dict[str, Any] = {}
-    for track_name, group in itertools.groupby(board.tables, key=lambda table: table.key.track_name):
+    for track_name, group in tables_of_tracks(board).items():
         track = board.tracks[track_name]
         tables = []
         for number, table in enumerate(group, 1):
@@ -225,13 +231,13 @@ def html_sections(board: Board, base: Path) -> tuple[str, dict[str, Any]]:
         body = "\n".join(tables)
         sections.append(f"""<section id="{html.escape(track_name)}"><h2>{html.escape(track.title)}</h2>
 <p>{html.escape(track.rules)}</p>
-<p class="rule">{html.escape(rule(track))}</p>
+<p class="rule">{html.escape(rule(track) if group else NO_RECORD)}</p>
 {body}
 </section>""")
 
     empty = tracks_without_records(board)
     if not board.tables:
-        sections.append("<p>No record yet.</p>")
+        sections.append(f"<p>{NO_RECORD}</p>")
     elif empty:
         sections.append(f'<p class="rule">No record yet: {html.escape("; ".join(empty))}.</p>')
     if board.unlisted:
@@ -246,7 +252,7 @@ def unlisted_section(board: Board, base: Path) -> str:
         items.append(f'<li><a href="{html.escape(link(folder, base))}/">{name}</a>: {html.escape(clean(reason))}</li>')
     body = "\n".join(items)
     return f"""<section><h2>Not listed</h2>
-<p>Folders without a record that can be ranked, and why.</p>
+<p>Folders that hold no record which can be ranked, and why.</p>
 <ul>
 {body}
 </ul></section>"""

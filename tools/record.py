@@ -149,8 +149,8 @@ class Submission:
     def bytes_counted(self) -> str:
         """How the bytes of the score were counted, in words."""
         if self.val_accounting == "pieces":
-            return "bytes of the tokenizer's pieces"
-        return "lossless tokenizer" if self.tokenizer_lossless is True else "lossy tokenizer"
+            return "they are counted from the tokenizer's pieces"
+        return "its tokenizer is lossless" if self.tokenizer_lossless is True else "its tokenizer is lossy"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -240,17 +240,34 @@ SAME_SCORE = 0.0005
 UNIQUE_RESULTS = ("artifact_sha256", "pre_quant_val_loss")
 
 
+class JudgeError(Exception):
+    """What the judge asked for, or has installed, does not allow to judge. It says nothing about the record."""
+
+
 class Check(NamedTuple):
     """The outcome of one check of a record, a line of tools/verify.py."""
 
     name: str
     ok: bool
-    reason: str
+    reason: str  # a sentence that people read
 
 
 def verdict(name: str, problems: Sequence[str], summary: str) -> Check:
     """A check that fails if there are any problems, and otherwise passes with `summary` as its reason."""
     return Check(name, not problems, "; ".join(problems) or summary)
+
+
+def counted(n: int, what: str) -> str:
+    """1 run, 2 runs, 1,000 runs"""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def seeds_named(seeds: Iterable[str]) -> str:
+    """seed 1, or seeds 1, 2 and 3"""
+    names = list(seeds)
+    if len(names) < 2:
+        return f"seed {', '.join(names)}"
+    return f"seeds {', '.join(names[:-1])} and {names[-1]}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,6 +533,24 @@ def load_submission(folder: Path) -> Submission:
     return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
 
 
+# Keys of submission.json that our records have and the published challenge does not, and some that both have.
+OUR_OWN_KEYS = {"schema_version", "rules_version", "judge_version"}
+SHARED_KEYS = {"author", "github_id", "name", "blurb", "val_bpb"}
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder is a submission of the published challenge, by the keys of its submission.json."""
+    files = [folder / "submission.json", *sorted(folder.glob("submission_*.json"))]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        return False
+    try:
+        claims = read_json(path, strict=False)
+    except ValueError:
+        return False
+    return isinstance(claims, dict) and bool(SHARED_KEYS & claims.keys()) and not OUR_OWN_KEYS & claims.keys()
+
+
 def save_submission(folder: Path, submission: Submission) -> None:
     text = json.dumps(dataclasses.asdict(submission), indent=1, allow_nan=False) + "\n"
     (folder / "submission.json").write_text(text, encoding="utf-8")
@@ -577,6 +612,13 @@ def known_text(documents: int, text_sha256: str) -> Text | None:
     return None
 
 
+def place_of_text(documents: int, text_sha256: str) -> int:
+    """The place of a text in texts.json, which has the most important one first. Unlisted texts come last."""
+    texts = load_texts()
+    known = known_text(documents, text_sha256)
+    return len(texts) if known is None else texts.index(known)
+
+
 def newest_judge_version() -> int:
     """JUDGE_VERSION of the root's train_gpt.py, which is not imported here because it imports torch."""
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
@@ -604,7 +646,7 @@ def file_sha256(path: Path, skip: int = 0) -> str:
 # What others confirmed
 # ----------------------------------------------------------------------------------------------------------------------
 
-SeedState = Literal["disputed", "reproduced", "re-scored", "unconfirmed"]
+SeedState = Literal["disputed", "reproduced", "rescored", "unconfirmed"]
 
 
 def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, SeedState]:
@@ -613,21 +655,38 @@ def seed_states(submission: Submission, reviews: Sequence[Review]) -> dict[str, 
     Reviews come oldest first. A dispute that nobody settled holds for its seed, or for all if it names none of them.
     """
     states: dict[str, SeedState] = dict.fromkeys(submission.seed_results, "unconfirmed")
-    for seed, result in submission.seed_results.items():
-        of_seed = [review for review in reviews if review.seed == seed or review.seed not in states]
+    for review in confirmations(submission, reviews):
+        if review.kind == "reproduced":
+            states[review.seed] = "reproduced"
+        elif states[review.seed] != "reproduced":
+            states[review.seed] = "rescored"
+    for seed in states:
+        if open_dispute(submission, reviews, seed) is not None:
+            states[seed] = "disputed"
+    return states
+
+
+def confirmations(submission: Submission, reviews: Sequence[Review]) -> list[Review]:
+    """The reviews that confirm a seed of the record, with the code that it has now."""
+    found = []
+    for review in reviews:
+        result = submission.seed_results.get(review.seed)
+        if result is None or review.code_sha256 != submission.code_sha256:
+            continue
+        same_artifact = review.artifact_sha256 == result.artifact_sha256
+        if review.kind == "reproduced" or (review.kind == "rescored" and same_artifact):
+            found.append(review)
+    return found
+
+
+def open_dispute(submission: Submission, reviews: Sequence[Review], seed: str = "") -> Review | None:
+    """The last objection that nobody settled, to one seed or, without `seed`, to any of them."""
+    for name in [seed] if seed else submission.seed_results:
+        of_seed = [review for review in reviews if review.seed == name or review.seed not in submission.seed_results]
         objections = [review for review in of_seed if review.kind in ("disputed", "settled")]
         if objections and objections[-1].kind == "disputed":
-            states[seed] = "disputed"
-            continue
-        for review in reviews:
-            if review.seed != seed or review.code_sha256 != submission.code_sha256:
-                continue
-            if review.kind == "reproduced":
-                states[seed] = "reproduced"
-            same_artifact = review.artifact_sha256 == result.artifact_sha256
-            if review.kind == "rescored" and same_artifact and states[seed] != "reproduced":
-                states[seed] = "re-scored"
-    return states
+            return objections[-1]
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

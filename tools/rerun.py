@@ -36,6 +36,7 @@ from judge import (
 from record import (
     Check,
     CurvePoint,
+    JudgeError,
     Submission,
     file_sha256,
     log_path,
@@ -99,8 +100,10 @@ def rerun(
         reason = f"the validation text cannot be hidden from the script ({isolation()})"
         return [Check("isolation", False, reason)], None
     if " cpu:" not in submission.hardware:
-        reason = f"the run was made on {submission.hardware}: trained on the CPU, it would say nothing about the claim"
-        return [Check("hardware", False, reason)], None
+        raise JudgeError(
+            f"the record was trained on {submission.hardware}, and --rerun trains on CPUs only, which would say "
+            "nothing about it: leave --rerun out"
+        )
     if is_visible(options.data):
         reason = f"{options.data} lies in a folder that the script can read: move the data, or use another Python"
         return [Check("isolation", False, reason)], None
@@ -171,12 +174,15 @@ def hold_out(training: Training, folder: Path) -> tuple[Training, Path]:
     bos_id = int(training.settings["bos_id"])
     last = tg.TokenStream(str(training.data), training.train_shards[-1].name) if training.train_shards else None
     if last is None or len(last) < 3 * n_tokens:
-        raise ValueError("the last training shard is too short to keep a part of it unseen: name a text with --unseen")
+        raise JudgeError(
+            f"{training.data} has no training shard that is long enough to keep a part of it unseen: name an unseen "
+            "text with --unseen"
+        )
     ids = last.read(0, len(last))
     starts = np.flatnonzero(ids == bos_id)
     starts = starts[starts >= len(ids) - n_tokens]
     if len(starts) < 2:
-        raise ValueError("the end of the training text holds no two documents: name an unseen text with --unseen")
+        raise JudgeError("the end of the training text holds no two documents: name an unseen text with --unseen")
 
     texts = [decoder.decode(document[1:]) for document in np.split(ids, starts)[1:]]
     tokens = []
@@ -323,7 +329,10 @@ def check_training(submission: Submission, seed: str, retrained: Retrained) -> C
     for other, old in submission.seed_results.items():
         if other != seed and old.artifact_sha256 == found:
             problems.append(f"seed {seed} gives the artifact of seed {other}: it does not come from the training")
-    summary = f"seed {seed}, validation text hidden: {n_bytes} bytes in all, {result.train_seconds:.1f} s of training"
+    summary = (
+        f"seed {seed} was trained again with the validation text hidden: {result.train_seconds:.1f} s of training, "
+        f"{n_bytes:,} bytes of code and artifact"
+    )
     return verdict("train", problems, summary)
 
 
@@ -341,10 +350,14 @@ def check_curve(old_log: str, retrained: Retrained, submission: Submission) -> C
         problems.append("the two logs share no steps that could be compared")
         return verdict("curve", problems, "")
     usual = float(np.quantile(differences, SHARE_OF_STEPS))
-    summary = f"at {len(differences)} steps the training losses differ by at most {usual:.3f} nats, but for a tenth"
-    if not usual <= MAX_LOSS_DIFFERENCE:
-        problems.append(f"{summary}; {MAX_LOSS_DIFFERENCE} are allowed")
-    return verdict("curve", problems, summary)
+    ok = usual <= MAX_LOSS_DIFFERENCE
+    figures = (
+        f"they differ by at most {usual:.3f} nats at nine in ten of {len(differences)} steps, "
+        f"with {MAX_LOSS_DIFFERENCE} allowed"
+    )
+    if not ok:
+        problems.append(f"the training losses do not go down as in the record's log: {figures}")
+    return verdict("curve", problems, f"the training losses go down as in the record's log ({figures})")
 
 
 def last_step(curve: list[CurvePoint]) -> int:

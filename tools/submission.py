@@ -9,9 +9,11 @@
 there with the same script, settings, data and hardware, so that all seeds that were run are counted and none is chosen.
 Where a seed was run more than once, --runs has to name the runs. With --artifact the record also gets the artifact
 of a run, and the validation shards and tokenizer that it was scored on.
+What the track refuses is an error, and nothing is written then, unless --force says so.
 
-`import` prints, as JSON, what a folder in the style of the published challenge says under our names, what its logs say
-for each seed, and what it lacks to be a record here.
+`import` judges a folder in the style of the published challenge by its files and logs: sizes and seconds against the
+limits, the class, the seeds and their mean, and what is missing. Below that it prints, as JSON, what submission.json
+says under our names and what the logs say for each seed. With --json it prints nothing else.
 
 `review` adds an objection to a record, or settles those that were made. tools/verify.py --sign adds what it measured.
 """
@@ -22,18 +24,18 @@ import argparse
 import dataclasses
 import datetime
 import json
-import math
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from leaderboard import read_board, table_note, text_name
+from published import import_published, verdict_on
 from record import (
     PER_RUN,
     RECORDS,
@@ -43,25 +45,25 @@ from record import (
     Submission,
     Track,
     add_review,
+    artifact_path,
     data_path,
     day_fault,
     faults,
-    is_scalar,
     load_submission,
     load_tracks,
     log_path,
-    parse_log,
     read_json,
     read_run,
-    read_text,
     run_faults,
     run_path,
     save_submission,
     script_path,
     script_settings,
+    seeds_named,
     sha256,
     summarize,
 )
+from verify import printable, refusals
 
 # ----------------------------------------------------------------------------------------------------------------------
 # new: what the author says
@@ -98,9 +100,61 @@ def new(args: argparse.Namespace) -> int:
     folder = Path(args.records, args.track, f"{submission.date}_{slug}")
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another --name, or remove the folder")
+    refused = refusals(submission, tracks[args.track])
+    if refused and not args.force:
+        raise ValueError(refusal_text(submission, refused, tracks))
+
     write_record(folder, submission, paths, script, args.artifact)
-    print(f"{folder}: {len(runs)} seeds, val_bpb {submission.val_bpb:.4f}; now: python tools/verify.py {folder}")
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    print(f"{shown}: {seeds_named(submission.seed_results)}, val_bpb {submission.val_bpb:.4f}")
+    for line in what_to_expect(folder, tracks):
+        print(line)
+    print("Next, write into its README.md what is new and why it helps, and run")
+    print(f"    python tools/verify.py {shlex.quote(str(shown))}")
+    print("    python tools/leaderboard.py")
+    print("Then open a pull request with the folder and both tables (CONTRIBUTING.md says how).")
     return 0
+
+
+def refusal_text(submission: Submission, refused: Sequence[str], tracks: Mapping[str, Track]) -> str:
+    """Why a track refuses a record, and which tracks would take it."""
+    lines = [f"{submission.track} will refuse this record, so nothing was written:"]
+    lines += [f"    {fault}" for fault in refused]
+
+    others = []
+    for name, track in tracks.items():
+        if not refusals(dataclasses.replace(submission, track=name), track):
+            others.append(name)
+    if others:
+        lines.append(f"These tracks do not: {', '.join(others)}. Or add --force to write it all the same.")
+    else:
+        lines.append("Nor does any other track take it. Add --force to write it all the same.")
+    return "\n".join(lines)
+
+
+def what_to_expect(folder: Path, tracks: dict[str, Track]) -> list[str]:
+    """What tools/verify.py and tools/leaderboard.py will say of a new record, for its author."""
+    board = read_board(folder.parents[1], tracks)
+    for unlisted, reason in board.unlisted:
+        if unlisted == folder:
+            return [f"It will not be listed: {reason}"]
+
+    rows = [(table, row) for table in board.tables for row in table.rows if row.entry.folder == folder]
+    if not rows:
+        return []
+    table, row = rows[0]
+    lines = [f"tools/verify.py will fail it: {failure}" for failure in row.entry.failures]
+    if row.rank is not None:
+        lines.append(f"It will be number {row.rank} of {len(table.rows)} on {text_name(table.key.text)}.")
+        lines.append(f"A new record: {row.verdict}.")
+    elif note := table_note(table):
+        lines.append(note)
+    if table.key.text.lossless is False:
+        lines.append("Its tokenizer is lossy, so it ranks apart from those that are not.")
+    if artifact_path(folder) is None:
+        lines.append("It has no artifact, so nobody can score it again: add --artifact if the text may be passed on.")
+    return lines
 
 
 def folder_slug(name: str) -> str:
@@ -344,18 +398,24 @@ def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     table = "\n".join(rows)
 
-    seeds = ", one seed" if s.val_bpb_std is None else f" +- {s.val_bpb_std:.4f} over {len(rows)} seeds"
+    score = f"**val_bpb {s.val_bpb:.4f}**, one seed."
+    if s.val_bpb_std is not None:
+        score = f"**val_bpb {s.val_bpb:.4f}** ± {s.val_bpb_std:.4f}, mean and standard deviation of {len(rows)} seeds."
     benchmarks = ", ".join(f"{key} {value:.4f}" for key, value in s.benchmarks.items())
     if benchmarks:
-        benchmarks = f" Benchmarks: {benchmarks}."
+        benchmarks = f"\nBenchmarks: {benchmarks}."
+    base = f"It builds on `{s.base}`." if s.base else "It builds on no earlier record."
 
     return f"""# {s.name}
 
 {s.blurb}
 
-**val_bpb {s.val_bpb:.4f}**{seeds}; {s.bytes_total:,} bytes of code and artifact; {s.model_params:,} parameters;
-{s.hardware}, torch {s.torch}. Scored: {s.val_tokens:,} tokens, {s.val_documents:,} documents, {s.val_bytes:,} bytes
-({s.val_accounting}).{benchmarks}
+<!-- Write here what is new, and why it helps. -->
+
+{score}
+Code and artifact take {s.bytes_total:,} bytes. The model has {s.model_params:,} parameters. It was trained on
+{s.hardware} with torch {s.torch}, and scored on {s.val_documents:,} documents: {s.val_tokens:,} tokens,
+{s.val_bytes:,} bytes ({s.bytes_counted}).{benchmarks}
 
 | seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
 |---|---|---|---|---|---|---|
@@ -363,15 +423,15 @@ def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
 
 ## Repeat it
 
-From the root of the repository, with the data set `{s.train_dataset}` ({s.train_tokens:,} training tokens) in
-`data/`; what the run writes goes to `/tmp/again`:
+These lines check the record and train one seed again, from the root of the repository. They need the data set
+`{s.train_dataset}` ({s.train_tokens:,} training tokens) in `data/`. What the run writes goes to `/tmp/again`.
 
 ```bash
 python tools/verify.py {folder}
 {repeat_command(folder, s, run)}
 ```
 
-Builds on: {s.base or "nothing before it"}. Licence: {s.licence}.
+{base} Licence: {s.licence}.
 """
 
 
@@ -409,134 +469,8 @@ def repeat_command(folder: str, submission: Submission, run: Mapping[str, Any]) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# import
+# import, review, and the command line
 # ----------------------------------------------------------------------------------------------------------------------
-
-# What folders of the published challenge call our keys; the first that is there counts.
-ALIASES = {
-    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb"),
-    "val_loss": ("val_loss", "mean_val_loss"),
-    "val_bpb_std": ("val_bpb_std", "std_bpb"),
-    "bytes_total": (
-        "bytes_total",
-        "artifact_bytes_max",
-        "artifact_bytes",
-        "artifact_size_bytes",
-        "artifact_bytes_mean",
-    ),
-    "bytes_code": ("bytes_code", "code_bytes"),
-    "bytes_artifact": ("bytes_artifact", "bytes_model_int8_zlib", "bytes_model_int6_zstd", "bytes_model_compressed"),
-    "train_seconds": ("train_seconds", "train_time_s_mean", "wallclock_seconds"),
-    "hardware": ("hardware", "gpu", "platform"),
-    "torch": ("torch", "pytorch_version"),
-    "base": ("base", "based_on", "base_submission", "base_pr"),
-    "blurb": ("blurb", "technique_summary", "notes"),
-}
-OUR_KEYS = [field.name for field in dataclasses.fields(Submission)]
-
-
-class Imported(NamedTuple):
-    """What a folder in the style of the published challenge holds. Nothing in it is guessed."""
-
-    known: dict[str, Any]  # what its submission.json says, under our names
-    seeds: dict[str, dict[str, Any]]  # what submission.json and the logs say about each seed
-    missing: list[str]  # what it lacks to be a record here
-
-
-def import_published(folder: Path) -> Imported:
-    """Read a submission.json of any shape, and the logs beside it."""
-    claims, missing = read_claims(folder)
-    known = under_our_names(claims)
-
-    # What is known of the seeds goes to `seeds`, together with what the logs say.
-    seed_results = known.pop("seed_results", None)
-    has_seed_results = isinstance(seed_results, dict)
-    seeds = {}
-    if has_seed_results:
-        seeds = {seed: dict(result) for seed, result in seed_results.items() if isinstance(result, dict)}
-
-    logs = sorted([*folder.glob("train*.log"), *folder.glob("train*.txt")])
-    for log_file in logs:
-        seed, values = read_seed_log(log_file)
-        seeds.setdefault(seed, {}).update(values)
-        if "log_val_bpb" not in values:
-            missing.append(f"a final val_bpb in {log_file.name}")
-
-    if "val_bpb" not in known and seeds:
-        scores: list[Any] = [values.get("val_bpb", values.get("log_val_bpb")) for values in seeds.values()]
-        if all(is_scalar(score, float) for score in scores):
-            known["val_bpb"] = statistics.fmean(scores)
-
-    promised = claims.get("seeds") or list(seeds)
-    if isinstance(promised, list):
-        missing += [f"the log of seed {seed}" for seed in map(str, promised) if "log" not in seeds.get(seed, {})]
-    if not logs:
-        missing.append("any training log")
-    missing += [name for name in ("README.md", "train_gpt.py") if not (folder / name).is_file()]
-    if not list(folder.glob("*.ptz")):
-        missing.append("the artifact, so that the score cannot be computed again without training")
-
-    for name in OUR_KEYS:
-        is_there = has_seed_results if name == "seed_results" else name in known
-        if not is_there and name != "benchmarks":
-            missing.append(f"submission.json: {name}")
-    understood = {"seeds", *OUR_KEYS, *(key for aliases in ALIASES.values() for key in aliases)}
-    missing += [f"submission.json: a known meaning of its key {key!r}" for key in claims if key not in understood]
-    return Imported(known, seeds, missing)
-
-
-def read_claims(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The object in submission.json, or in a file with a similar name, and what is missing of it."""
-    files = [folder / "submission.json", *sorted(folder.glob("submission*.json"))]
-    path = next((path for path in files if path.is_file()), None)
-    if path is None:
-        return {}, ["submission.json"]
-
-    missing = []
-    if path.name != "submission.json":
-        missing.append(f"submission.json (it has {path.name})")
-    claims = read_json(path, strict=False)
-    if not isinstance(claims, dict):
-        missing.append("an object in submission.json")
-        claims = {}
-    return claims, missing
-
-
-def under_our_names(claims: Mapping[str, Any]) -> dict[str, Any]:
-    known = {}
-    for name in OUR_KEYS:
-        for alias in ALIASES.get(name, (name,)):
-            if claims.get(alias) is not None:
-                known[name] = claims[alias]
-                break
-    return known
-
-
-def read_seed_log(path: Path) -> tuple[str, dict[str, Any]]:
-    """The seed of a log, and what the log says.
-
-    `implied_bytes` is the number of bytes by which the score was divided. It follows from the loss, the bits per byte
-    and the tokens, and shows at once when two submissions counted the same text differently.
-    """
-    log = parse_log(read_text(path))
-    named = re.search(r"seed_?(\d+)", path.name)
-    seed = named[1] if named else log.values.get("seed", "unknown")
-
-    values: dict[str, Any] = {"log": path.name}
-    for key in ("bytes_code", "bytes_artifact", "bytes_total"):
-        if log.values.get(key, "").isdecimal():
-            values[key] = int(log.values[key])
-    if log.final:
-        values["log_line"] = log.final.line
-        values["log_val_loss"] = log.final.val_loss
-        values["log_val_bpb"] = log.final.val_bpb
-
-        tokens = log.values.get("tokens", log.values.get("val_tokens", ""))
-        if tokens.isdecimal() and log.final.val_bpb > 0:
-            implied = log.final.val_loss / math.log(2) * float(tokens) / log.final.val_bpb
-            if math.isfinite(implied):
-                values["implied_bytes"] = round(implied)
-    return seed, values
 
 
 def show_import(args: argparse.Namespace) -> int:
@@ -545,13 +479,14 @@ def show_import(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} is missing: name the folder of a submission")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: name the folder of a submission")
-    print(json.dumps(import_published(folder)._asdict(), indent=1, default=str))
+
+    found = import_published(folder)
+    if not args.json:
+        for line in verdict_on(folder, found):
+            print(printable(line))
+        print()
+    print(json.dumps(found._asdict(), indent=1, default=str))
     return 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# review, and the command line
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def review(args: argparse.Namespace) -> int:
@@ -592,10 +527,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--script", default=str(ROOT / "train_gpt.py"))
     command.add_argument("--records", default=str(RECORDS), metavar="DIR")
     command.add_argument("--artifact", action="store_true", help="add artifact, validation shards and tokenizer")
+    command.add_argument("--force", action="store_true", help="write the record even if its track will refuse it")
 
-    command = commands.add_parser("import", help="show what a folder in the published style holds and lacks")
+    command = commands.add_parser("import", help="judge a folder of the published challenge")
     command.set_defaults(run=show_import)
     command.add_argument("folder")
+    command.add_argument("--json", action="store_true", help="print the JSON only, without the verdict")
 
     command = commands.add_parser("review", help="object to a record, or settle the objections")
     command.set_defaults(run=review)

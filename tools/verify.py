@@ -1,13 +1,17 @@
-"""Says whether a record can be trusted, one line per check, and exits with 0 if all of them pass.
+"""Says how far a record can be trusted: one line per check, and a last one that sums up.
 
     python tools/verify.py records/TRACK/FOLDER              from its files alone, in a second
     python tools/verify.py FOLDER --rescore                  scores its artifact again, in a sandbox, by our sums
     python tools/verify.py FOLDER --rescore --sample 200     the same for 200 documents, with an interval
     python tools/verify.py FOLDER --rerun --data DATA        trains again from its script, and scores what comes out
 
-The text is that of the record's own data/, or of --data with --tokenizer. --documents names the source of a text whose
-tokenizer is not lossless. --unseen names another text of the same source: whoever trained on the scored text does worse
-there. --json prints the checks as JSON. --sign NAME adds what --rescore or --rerun found to the record's reviews.json.
+It exits with 0 if all checks pass, with 1 if one fails, and with 2 if the arguments do not allow to judge, which says
+nothing about the record.
+
+The text is that of the record's own data/ or of --data, whose manifest.json names its tokenizer. --documents names the
+source of a text whose tokenizer is not lossless. --unseen names another text of the same source: whoever trained on the
+scored text does worse there. --json prints the checks as JSON. --sign NAME adds what --rescore or --rerun found to the
+record's reviews.json.
 
 The record's code runs in a sandbox, on Linux as root or where an ordinary user may make namespaces; elsewhere nothing
 runs without --without-walls. A leak of the whole target at one place in 1,000 is found in 99 of 100 cases. Judge a
@@ -31,7 +35,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from record import (
@@ -41,27 +45,35 @@ from record import (
     SAME_SCORE,
     UNIQUE_RESULTS,
     Check,
+    JudgeError,
     Review,
     RunLog,
     Submission,
+    Track,
     add_review,
     artifact_path,
+    confirmations,
+    counted,
     data_path,
     day_fault,
     file_sha256,
     files_of,
+    is_published,
     known_text,
     load_reviews,
     load_submission,
     load_tracks,
     log_path,
     newest_judge_version,
+    open_dispute,
     parse_log,
     read_file,
+    read_json,
     read_run,
     read_text,
     run_path,
     script_path,
+    seeds_named,
     sha256,
     summarize,
     text_named,
@@ -74,6 +86,7 @@ from source import find_faults
 sys.path.append(str(ROOT / "data"))  # for the model of a tokenizer
 
 MAX_PROBLEMS = 6  # in the reason of one check
+MAX_CHANGES = 8  # settings that differ from the base, in the reason of one check
 # Bytes of a file in a record, by the end of its name; an artifact and the data are as large as the claims say.
 MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
 DATA_FILE = re.compile(r"fineweb_val_(bytes_)?\d{6}\.bin|manifest\.json|tokenizer\.model")
@@ -160,9 +173,9 @@ def check_schema(submission: Submission) -> Check:
     newest = newest_judge_version()
     if not 1 <= submission.judge_version <= newest:
         problems.append(f"judge_version {submission.judge_version} is not from 1 to {newest}")
-    summary = f"submission.json has schema version 1, scored by judge {submission.judge_version}"
+    summary = f"submission.json is complete, and its scores follow the rules of judge {submission.judge_version}"
     if submission.judge_version < newest:
-        summary += f"; the rules have changed since, the newest are those of judge {newest}"
+        summary += f", which have changed since (today's are those of judge {newest})"
     return verdict("schema", problems[:MAX_PROBLEMS], summary)
 
 
@@ -197,7 +210,7 @@ def check_files(folder: Path) -> Check:
 
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
-    return verdict("files", problems, "all of them are there, and nothing else")
+    return verdict("files", problems, "all that a record needs is in the folder, and nothing else")
 
 
 def belongs_in_record(path: Path, folder: Path) -> bool:
@@ -223,10 +236,30 @@ def check_track(folder: Path, submission: Submission) -> Check:
     if not folder.name.startswith(submission.date):
         problems.append(f"the folder's name does not begin with the date {submission.date}")
 
-    if track.device not in submission.hardware:
-        problems.append(f"the hardware is {submission.hardware}, the track asks for {track.device}")
-    if track.world_size and not submission.hardware.startswith(f"{track.world_size}x "):
-        problems.append(f"the hardware is {submission.hardware}, the track asks for {track.world_size} devices")
+    problems += rule_faults(submission, track)
+    summary = (
+        f"it keeps the rules of {submission.track} (version {submission.rules_version}), "
+        f"as a predictor of class {submission.predictor_class} trained on {submission.hardware}"
+    )
+    return verdict("track", problems, summary)
+
+
+def refusals(submission: Submission, track: Track) -> list[str]:
+    """All rules of a track that a record breaks, whatever else its files say. tools/submission.py new asks this."""
+    faults = rule_faults(submission, track) + size_faults(submission, track) + time_faults(submission, track)
+    n_seeds = len(submission.seed_results)
+    if n_seeds < track.min_seeds:
+        faults.append(f"{counted(n_seeds, 'seed')}, the track asks for {track.min_seeds}")
+    return faults
+
+
+def rule_faults(submission: Submission, track: Track) -> list[str]:
+    """The rules of a track, other than those for bytes, seconds and seeds, that a record breaks."""
+    problems = []
+    right_number = track.world_size is None or submission.hardware.startswith(f"{track.world_size}x ")
+    if track.device not in submission.hardware or not right_number:
+        wanted = track.device if track.world_size is None else f"{track.world_size}x {track.device}".strip()
+        problems.append(f"it was trained on {submission.hardware}, the track asks for {wanted}")
 
     if track.max_parameters and submission.model_params > track.max_parameters:
         problems.append(f"{submission.model_params} parameters, the track allows {track.max_parameters}")
@@ -255,9 +288,29 @@ def check_track(folder: Path, submission: Submission) -> Check:
                 f"val_bpb {submission.val_bpb:.4f} is below {track.target_val_bpb} at p = {p:.2g}, "
                 f"the track asks for p < {track.p_value}"
             )
+    return problems
 
-    summary = f"{submission.track}, rules {submission.rules_version}, class {submission.predictor_class}"
-    return verdict("track", problems, f"{summary}, {submission.hardware}")
+
+def size_faults(submission: Submission, track: Track) -> list[str]:
+    limit = track.max_total_bytes
+    faults = []
+    for seed, result in submission.seed_results.items():
+        if limit is not None and result.bytes_total > limit:
+            faults.append(f"seed {seed}: {result.bytes_total:,} bytes of code and artifact, the track allows {limit:,}")
+    return faults
+
+
+def time_faults(submission: Submission, track: Track) -> list[str]:
+    faults = []
+    for seed, result in submission.seed_results.items():
+        limits = (
+            ("training", result.train_seconds, track.max_train_seconds),
+            ("evaluation", result.eval_seconds, track.max_eval_seconds),
+        )
+        for phase, seconds, limit in limits:
+            if limit is not None and seconds > limit:
+                faults.append(f"seed {seed}: {seconds:.2f} s of {phase}, the track allows {limit:g}")
+    return faults
 
 
 def check_source(folder: Path, submission: Submission) -> list[Check]:
@@ -280,7 +333,7 @@ def check_source(folder: Path, submission: Submission) -> list[Check]:
         problems.insert(0, reason)
     n_lines = data.count(b"\n")
     return [
-        verdict("source", problems[:MAX_PROBLEMS], f"{n_lines} lines that people can read, and the script that ran"),
+        verdict("source", problems[:MAX_PROBLEMS], f"{path.name} is the script that ran, {n_lines} readable lines"),
         verdict("no_network", faults.network[:MAX_PROBLEMS], "the script imports nothing that talks to a network"),
     ]
 
@@ -302,7 +355,9 @@ def check_summary(folder: Path, submission: Submission, runs: Mapping[str, Any])
     for key, value in dataclasses.asdict(derived).items():
         if key != "benchmarks" and not same(value, claims[key]):
             problems.append(f"{key} is {claims[key]!r:.60}, from its runs follows {value!r:.60}")
-    summary = f"means, sizes and settings follow from the JSON of {len(runs)} runs"
+    summary = (
+        f"the means, sizes and settings in submission.json follow from the JSON of its {counted(len(runs), 'run')}"
+    )
     return verdict("summary", problems[:MAX_PROBLEMS], summary)
 
 
@@ -339,7 +394,8 @@ def check_logs(submission: Submission, logs: Mapping[str, RunLog], runs: Mapping
             text = logged.get(key, "nothing")
             if not is_printed_as(run.get(key), text):
                 problems.append(f"seed {seed}: the log says {key} {text:.60}, the JSON {run.get(key)!s:.60}")
-    return verdict("logs", problems[:MAX_PROBLEMS], f"{len(logs)} logs agree with the JSON of their runs")
+    summary = f"{counted(len(logs), 'log')} and the JSON of the runs say the same"
+    return verdict("logs", problems[:MAX_PROBLEMS], summary)
 
 
 def changed_settings(log: RunLog) -> dict[str, str]:
@@ -380,9 +436,9 @@ def check_seeds(folder: Path, submission: Submission) -> Check:
     artifact = artifact_path(folder)
     shown = seed_of(submission, artifact) if artifact is not None else ""
     others = [seed for seed in submission.seed_results if seed != shown]
-    summary = f"{', '.join(submission.seed_results)}: every run in the folder counts"
+    summary = f"every run in the folder counts: {seeds_named(submission.seed_results)}"
     if others:
-        summary += f"; of {', '.join(others)} there is no artifact, so that nobody can score them again"
+        summary += f"; there is no artifact of {seeds_named(others)} in it to score again"
     return verdict("seeds", problems[:MAX_PROBLEMS], summary)
 
 
@@ -411,22 +467,23 @@ def check_bytes(folder: Path, submission: Submission) -> Check:
         if result.bytes_total != result.bytes_artifact + submission.bytes_code:
             parts = f"{result.bytes_artifact} + {submission.bytes_code}"
             problems.append(f"seed {seed}: {result.bytes_total} bytes in all, not {parts}")
-        if limit is not None and result.bytes_total > limit:
-            problems.append(f"seed {seed}: {result.bytes_total} bytes in all, the track allows {limit}")
+    if track is not None:
+        problems += size_faults(submission, track)
 
     artifact = artifact_path(folder)
     if artifact is None:
-        owner = "no artifact is in the folder"
+        owner = "the artifact is not in the folder"
     elif fault := size_fault(artifact, limit or MAX_HASHED_BYTES):
         owner = ""
         problems.append(fault)
     else:
         seed = seed_of(submission, artifact)
-        owner = f"{artifact.name} is that of seed {seed}"
+        owner = f"{artifact.name} in the folder is that of seed {seed}"
         if not seed:
             problems.append(f"{artifact.name} is not the artifact of any of its seeds, by size and sha256")
-    allowed = "any number" if limit is None else limit
-    return verdict("bytes", problems[:MAX_PROBLEMS], f"at most {submission.bytes_total} of {allowed} bytes; {owner}")
+    allowed = "the track has no limit" if limit is None else f"the track allows {limit:,}"
+    summary = f"code and artifact take at most {submission.bytes_total:,} bytes ({allowed}); {owner}"
+    return verdict("bytes", problems[:MAX_PROBLEMS], summary)
 
 
 def size_fault(path: Path, max_bytes: int) -> str:
@@ -459,18 +516,8 @@ def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
     """Whether the ledger of seconds keeps the track's limits, and has the time that the log trains for."""
     track = track_of(submission)
     max_train_seconds = track.max_train_seconds if track else None
-    max_eval_seconds = track.max_eval_seconds if track else None
-    problems = []
+    problems = [] if track is None else time_faults(submission, track)
     for seed, result in submission.seed_results.items():
-        if max_train_seconds is not None and result.train_seconds > max_train_seconds:
-            problems.append(
-                f"seed {seed}: {result.train_seconds:.2f} s of training, the track allows {max_train_seconds:g}"
-            )
-        if max_eval_seconds is not None and result.eval_seconds > max_eval_seconds:
-            problems.append(
-                f"seed {seed}: {result.eval_seconds:.2f} s of evaluation, the track allows {max_eval_seconds:g}"
-            )
-
         ledger = result.ledger_seconds
         curve = logs[seed].train_curve + logs[seed].val_curve
         times = [seconds for _, seconds, _ in curve if not math.isnan(seconds)]
@@ -482,7 +529,9 @@ def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
             problems.append(f"seed {seed}: the ledger has a phase below 0 s")
 
     longest = max((result.train_seconds for result in submission.seed_results.values()), default=0.0)
-    return verdict("clock", problems[:MAX_PROBLEMS], f"at most {longest:.1f} s of training, calibration included")
+    allowed = "the track has no limit" if max_train_seconds is None else f"the track allows {max_train_seconds:g}"
+    summary = f"the longest training took {longest:.1f} s, calibration included ({allowed})"
+    return verdict("clock", problems[:MAX_PROBLEMS], summary)
 
 
 def check_targets(submission: Submission) -> Check:
@@ -493,7 +542,8 @@ def check_targets(submission: Submission) -> Check:
         if (result.scored_tokens, result.scored_bytes) != (submission.val_tokens - 1, submission.val_bytes):
             scored = f"{result.scored_tokens} targets and {result.scored_bytes} bytes scored"
             problems.append(f"seed {seed}: {scored}, the split has {split}")
-    return verdict("targets", problems[:MAX_PROBLEMS], f"the split has {split}, and each was scored once")
+    summary = f"every token but the first was scored exactly once, {submission.val_tokens - 1:,} in all"
+    return verdict("targets", problems[:MAX_PROBLEMS], summary)
 
 
 def check_implied_bytes(submission: Submission) -> Check:
@@ -515,8 +565,8 @@ def check_implied_bytes(submission: Submission) -> Check:
         problems.append(f"{known.name} has {size}, not {submission.val_bytes} in {submission.val_documents}")
     text = known.name if known else "a text that records/texts.json does not list"
     if known and known.demonstration:
-        text += ", a demonstration that ranks nowhere"
-    summary = f"{submission.val_bytes} bytes of {text}; {submission.bytes_counted}"
+        text += " (a demonstration, which ranks nowhere)"
+    summary = f"the scores were divided by {submission.val_bytes:,} bytes, those of {text}; {submission.bytes_counted}"
     return verdict("implied_bytes", problems[:MAX_PROBLEMS], summary)
 
 
@@ -524,7 +574,7 @@ def check_data(folder: Path, submission: Submission) -> Check:
     """Whether validation shards in the folder are those that were scored."""
     data = data_path(folder)
     if not data.is_dir():
-        return Check("data", True, "the text is not in the folder: --rescore needs --data")
+        return Check("data", True, "the scored text is not in the folder, so --rescore needs --data")
     found: dict[str, Any] = {}
     shards = [path for path in sorted(data.glob("fineweb_val_[0-9]*.bin")) if path.is_file()]
     n_bytes = sum(path.stat().st_size - SHARD_HEADER_BYTES for path in shards)
@@ -602,7 +652,7 @@ def sidecar_bytes(sidecars: Sequence[Path]) -> int:
 def check_lineage(folder: Path, submission: Submission) -> Check:
     """What the script and its settings change in those of the record that it builds on."""
     if not submission.base:
-        return Check("lineage", True, "it names no base")
+        return Check("lineage", True, "it names no record that it builds on")
     base = folder.parents[1] / submission.base
     is_another = base.resolve() != folder.resolve()
     if not re.fullmatch(r"track_\w+/[^/]+", submission.base) or not is_another or not script_path(base).is_file():
@@ -624,9 +674,13 @@ def check_lineage(folder: Path, submission: Submission) -> Check:
     for name in sorted(old_settings.keys() | submission.settings.keys()):
         if old_settings.get(name) != submission.settings.get(name):
             changes.append(f"{name.upper()}={submission.settings.get(name, 'gone')}")
-    settings = ", ".join(changes) or "the same"
-    reason = f"{n_added} lines more and {n_removed} less than {submission.base}; settings: {settings}"
-    return Check("lineage", True, reason)
+    settings = "and changes no setting"
+    if changes:
+        more = len(changes) - MAX_CHANGES
+        shown = ", ".join(changes[:MAX_CHANGES]) + (f" and {more} more" if more > 0 else "")
+        settings = f"and changes {counted(len(changes), 'setting')}: {shown}"
+    lines = f"adds {counted(n_added, 'line')} to the script and removes {n_removed}"
+    return Check("lineage", True, f"it builds on {submission.base}, {lines}, {settings}")
 
 
 def check_reviews(folder: Path, submission: Submission) -> Check:
@@ -649,7 +703,10 @@ def check_reviews(folder: Path, submission: Submission) -> Check:
             problems.append(f"{where} of seed {review.seed!r:.40}, which the record does not have")
         if review.kind in ("rescored", "reproduced"):
             problems += [f"{where}: {fault}" for fault in confirmation_faults(review, submission)]
-    return verdict("reviews", problems[:MAX_PROBLEMS], f"{len(reviews)}, none of them by the author")
+    summary = "nobody has reviewed it yet"
+    if reviews:
+        summary = f"{counted(len(reviews), 'review')} by people other than the author"
+    return verdict("reviews", problems[:MAX_PROBLEMS], summary)
 
 
 def letters_of(name: str) -> str:
@@ -684,29 +741,49 @@ def confirmation_faults(review: Review, submission: Submission) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def verify(args: argparse.Namespace) -> list[Check]:
-    """The static checks, and those of --rescore or --rerun."""
+class Outcome(NamedTuple):
+    """What tools/verify.py prints."""
+
+    checks: list[Check]
+    closing: str  # one sentence that says how far the record is confirmed
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def verify(args: argparse.Namespace) -> Outcome:
+    """The static checks, and those of --rescore or --rerun. JudgeError if the arguments do not allow these."""
     folder = args.folder.resolve()
     checks = static_checks(folder)
-    # Code is not run if its files contradict each other.
-    if not (args.rescore or args.rerun) or not all(check.ok for check in checks):
-        return checks
-
+    if not all(check.ok for check in checks):
+        closing = failing_line(checks)
+        # Code is not run if its files contradict each other.
+        return Outcome(checks, closing + (" Nothing of it was run." if args.rescore or args.rerun else ""))
     submission = load_submission(folder)
-    artifact = args.artifact or artifact_path(folder)
-    if artifact is not None and not artifact.is_file():
-        return [*checks, Check("artifact", False, f"{artifact} does not exist, or is not an ordinary file")]
-    if args.run_seed and not args.run_seed.isdecimal():
-        return [*checks, Check("train", False, f"--run-seed {args.run_seed} is not a number")]
+    if not (args.rescore or args.rerun):
+        return Outcome(checks, passing_line(submission, load_reviews(folder)))
+
+    data = data_to_score(args, folder)
+    tokenizer = args.tokenizer or tokenizer_of(data)
+    for option, path in (("--tokenizer", tokenizer), ("--documents", args.documents)):
+        if path is not None and not path.is_file():
+            raise JudgeError(f"{option}={path} is not a file: check the path")
+    if args.unseen is not None and not args.unseen.is_dir():
+        raise JudgeError(f"--unseen={args.unseen} is not a folder: name one with shards of another text")
+    if args.rerun:
+        artifact = None
+        seed = seed_to_train(args, submission)
+    else:
+        artifact, seed = artifact_to_score(args, folder, submission)
 
     # Imported only here, because they import torch, which takes longer than all the static checks together.
     import judge
     import rerun
 
-    data = (args.data or data_path(folder)).resolve()
     options = judge.Options(
         data=data,
-        tokenizer=args.tokenizer or data / "tokenizer.model",
+        tokenizer=tokenizer,
         data_is_own=data == data_path(folder).resolve(),
         documents=args.documents,
         unseen=args.unseen,
@@ -717,51 +794,168 @@ def verify(args: argparse.Namespace) -> list[Check]:
         memory_bytes=int(args.memory * 2**30),
         without_walls=args.without_walls,
     )
-    if args.rerun:
-        seed = args.run_seed or next(iter(submission.seed_results))
+    claim = submission.seed_results[seed].val_bpb
+    if artifact is None:
         more, scores = rerun.rerun(folder, submission, options, seed, args.train_timeout)
-    elif artifact is None:
-        return [*checks, Check("artifact", False, "the folder has none: name it with --artifact")]
     else:
-        seed = seed_of(submission, artifact)
-        if not seed:
-            reason = f"{artifact.name} is not the artifact of any of its seeds, by size and sha256"
-            return [*checks, Check("artifact", False, reason)]
         more, scores = judge.rescore(script_path(folder), artifact, submission, options)
         if scores is not None:
-            claim = submission.seed_results[seed].val_bpb
             more.append(judge.check_score("score", scores, claim, SAME_SCORE))
     checks += more
 
+    confirmation = Review(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        reviewer=args.sign,
+        kind="reproduced" if args.rerun else "rescored",
+        code_sha256=submission.code_sha256,
+        seed=seed,
+        val_bpb=scores.bpb if scores else None,
+        val_bpb_interval=scores.interval if scores and not scores.whole else None,
+        judge_version=judge.tg.JUDGE_VERSION,
+        hardware=f"{os.cpu_count()}x {platform.machine()}",
+        artifact_sha256=submission.seed_results[seed].artifact_sha256 if args.rescore else "",
+    )
     if args.sign:
-        review = Review(
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            reviewer=args.sign,
-            kind="reproduced" if args.rerun else "rescored",
-            code_sha256=submission.code_sha256,
-            seed=seed,
-            val_bpb=scores.bpb if scores else None,
-            val_bpb_interval=scores.interval if scores and not scores.whole else None,
-            judge_version=judge.tg.JUDGE_VERSION,
-            hardware=f"{os.cpu_count()}x {platform.machine()}",
-            artifact_sha256=submission.seed_results[seed].artifact_sha256 if args.rescore else "",
+        checks.append(sign(folder, confirmation, checks))
+    if not all(check.ok for check in checks):
+        return Outcome(checks, failing_line(checks))
+    reviews = [review for review in load_reviews(folder) if review != confirmation]
+    return Outcome(checks, passing_line(submission, reviews, confirmation))
+
+
+def data_to_score(args: argparse.Namespace, folder: Path) -> Path:
+    """The folder of shards with the text to score. JudgeError if there is none."""
+    data = args.data or data_path(folder)
+    if not data.is_dir():
+        if args.data:
+            raise JudgeError(f"--data={data} is not a folder: name the one with the shards that were scored")
+        raise JudgeError(f"{folder.name} brings no data: name the folder of the shards that were scored with --data")
+    if not any(data.glob("fineweb_val_[0-9]*.bin")):
+        raise JudgeError(f"--data={data} holds no fineweb_val_*.bin: name the folder of the shards that were scored")
+    return data.resolve()
+
+
+def tokenizer_of(data: Path) -> Path:
+    """The tokenizer of a folder of shards: the one in a record's data, or the one that manifest.json names.
+
+    The tools of data/ write it to ../../tokenizers. JudgeError if it is not there, or is another one by its sha256.
+    """
+    if (data / "tokenizer.model").is_file():
+        return data / "tokenizer.model"
+    manifest = data / "manifest.json"
+    if not manifest.is_file():
+        raise JudgeError(f"{data} has no manifest.json that names its tokenizer: give the file with --tokenizer")
+    try:
+        entry = read_json(manifest, strict=False)["tokenizer"]
+        name = Path(entry["file"]).name
+        expected = str(entry["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise JudgeError(
+            f"{manifest} does not say which tokenizer it is for ({error}): give it with --tokenizer"
+        ) from None
+
+    places = [data, data.parent.parent / "tokenizers"]
+    files = [place / name for place in places if (place / name).is_file()]
+    if not files:
+        looked_in = " and ".join(map(str, places))
+        raise JudgeError(
+            f"{manifest} names the tokenizer {name}, which is not in {looked_in}: give it with --tokenizer"
         )
-        checks.append(sign(folder, review, checks))
-    return checks
+    for path in files:
+        if file_sha256(path) == expected:
+            return path
+    raise JudgeError(
+        f"{files[0]} has sha256 {file_sha256(files[0]):.12}, and {manifest} names one with {expected:.12}: "
+        "give that tokenizer with --tokenizer"
+    )
+
+
+def artifact_to_score(args: argparse.Namespace, folder: Path, submission: Submission) -> tuple[Path, str]:
+    """The artifact to score, and the seed whose run wrote it. JudgeError if there is none."""
+    artifact = args.artifact or artifact_path(folder)
+    if artifact is None:
+        raise JudgeError(f"{folder.name} brings no artifact: name one that its runs wrote with --artifact")
+    if not artifact.is_file():
+        raise JudgeError(f"--artifact={artifact} is not a file: check the path")
+    seed = seed_of(submission, artifact)
+    if not seed:
+        raise JudgeError(f"--artifact={artifact} is not what any run of the record wrote, by size and sha256")
+    return artifact, seed
+
+
+def seed_to_train(args: argparse.Namespace, submission: Submission) -> str:
+    seeds = list(submission.seed_results)
+    if args.run_seed and args.run_seed not in seeds:
+        raise JudgeError(f"--run-seed={args.run_seed} is none of the record: choose from {seeds_named(seeds)}")
+    return args.run_seed or seeds[0]
+
+
+def failing_line(checks: Sequence[Check]) -> str:
+    names = dict.fromkeys(check.name for check in checks if not check.ok)
+    return f"FAILS {len(names)} of {counted(len(checks), 'check')}: {', '.join(names)}."
+
+
+def passing_line(submission: Submission, reviews: Sequence[Review], just_now: Review | None = None) -> str:
+    """How far a record is confirmed that passes every check.
+
+    `reviews` are those of others, `just_now` is what was measured before this line is printed.
+    """
+    sentences = ["PASSES the static checks: files, logs and figures agree."]
+    if just_now is not None:
+        sentences = [f"PASSES: {confirmation_text(just_now, submission)}."]
+
+    dispute = open_dispute(submission, reviews)
+    if dispute is not None:
+        sentences.append(f"{dispute.reviewer} objects: {dispute.note or 'no reason is given'}.")
+
+    earlier = confirmations(submission, reviews)
+    for review in earlier:
+        text = confirmation_text(review, submission)
+        sentences.append(f"{text[0].upper()}{text[1:]} ({review.reviewer}, {review.date}).")
+
+    kinds = {review.kind for review in earlier}
+    if just_now is not None:
+        kinds.add(just_now.kind)
+    open_questions = []
+    if "rescored" not in kinds:
+        open_questions.append("scored its artifact (add --rescore)")
+    if "reproduced" not in kinds:
+        open_questions.append("trained it again (add --rerun)")
+    if open_questions:
+        sentences.append(f"Nobody has yet {' or '.join(open_questions)}.")
+    return " ".join(sentences)
+
+
+def confirmation_text(review: Review, submission: Submission) -> str:
+    """the artifact of seed 1 was scored again: val_bpb 2.0960, 2.0960 is claimed"""
+    if review.kind == "rescored":
+        deed = f"the artifact of seed {review.seed} was scored again"
+    else:
+        deed = f"seed {review.seed} was trained again"
+    if review.val_bpb is None:
+        return deed
+    found = f"{review.val_bpb:.4f}"
+    if review.val_bpb_interval:
+        found += f" +- {review.val_bpb_interval:.4f} from a sample"
+    claim = f"{submission.seed_results[review.seed].val_bpb:.4f}"
+    return f"{deed}: val_bpb {found}, {'as claimed' if found == claim else f'and {claim} is claimed'}"
 
 
 def sign(folder: Path, review: Review, checks: Sequence[Check]) -> Check:
     """Add the review to the record's reviews.json, if nothing speaks against it."""
+    # Imported only here, because it does not exist on Windows, where the static checks work.
+    from sandbox import isolation
+
     if review.val_bpb is None or not all(check.ok for check in checks):
-        return Check("signed", False, "no review was added: a check fails")
-    if Check("isolation", True, "namespaces") not in checks:
-        return Check("signed", False, "no review was added: nothing kept the record's code from the network and files")
+        return Check("signed", False, "no review was added, because a check fails")
+    if isolation() != "namespaces":
+        return Check("signed", False, "no review was added, because nothing kept its code from the network and files")
     interval = review.val_bpb_interval or 0.0
     if interval > MAX_SIGNED_INTERVAL:
-        reason = f"its score is known to +- {interval:.4f}, a review needs {MAX_SIGNED_INTERVAL}"
-        return Check("signed", False, f"no review was added: {reason}; raise --sample")
+        reason = f"its score is known to +- {interval:.4f}, and a review needs {MAX_SIGNED_INTERVAL}"
+        return Check("signed", False, f"no review was added: {reason}. Raise --sample")
     add_review(folder, review)
-    return Check("signed", True, f"a review by {review.reviewer} was added to reviews.json")
+    return Check("signed", True, f"a review by {review.reviewer} was added to reviews.json: commit it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -771,7 +965,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode.add_argument("--rescore", action="store_true", help="score the artifact again")
     mode.add_argument("--rerun", action="store_true", help="train again, then score")
     parser.add_argument("--data", type=Path, help="folder of shards with the text that was scored")
-    parser.add_argument("--tokenizer", type=Path, help="default: tokenizer.model of --data")
+    parser.add_argument("--tokenizer", type=Path, help="default: the one that manifest.json of --data names")
     parser.add_argument("--artifact", type=Path, help="default: the one in the folder")
     parser.add_argument("--documents", type=Path, help="the text itself, .jsonl, to count its bytes")
     parser.add_argument("--unseen", type=Path, help="folder of shards with another text of the same source")
@@ -790,20 +984,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sign", default="", metavar="NAME", help="add what was found to reviews.json")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)
-    if not args.folder.is_dir():
-        print(f"error: {args.folder} is not a folder", file=sys.stderr)
-        return 1
+    try:
+        if not args.folder.is_dir():
+            raise JudgeError(f"{args.folder} is not a folder: name that of a record, records/TRACK/FOLDER")
+        refuse_published(args.folder)
+        outcome = verify(args)
+    except JudgeError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
 
-    checks = verify(args)
-    ok = all(check.ok for check in checks)
     if args.json:
-        print(json.dumps({"ok": ok, "checks": [check._asdict() for check in checks]}, indent=1))
+        checks = [check._asdict() for check in outcome.checks]
+        print(json.dumps({"ok": outcome.ok, "checks": checks, "closing": outcome.closing}, indent=1))
     else:
-        for check in checks:
-            # A reason may quote the record, which must not add lines or control the terminal.
-            line = "".join(c if c.isprintable() else "?" for c in f"{check.name}: {check.reason}")
-            print("ok  " if check.ok else "FAIL", line)
-    return 0 if ok else 1
+        for check in outcome.checks:
+            print("ok  " if check.ok else "FAIL", printable(f"{check.name}: {check.reason}"))
+        print(printable(outcome.closing))
+    return 0 if outcome.ok else 1
+
+
+def printable(text: str) -> str:
+    """One line. It may quote the record, which must neither add lines of its own nor control the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def refuse_published(folder: Path) -> None:
+    """JudgeError for a folder of the published challenge, which has another layout."""
+    if is_published(folder):
+        raise JudgeError(
+            f"{folder} is a submission of the published challenge, not a record of this project: "
+            f"see what it holds with python tools/submission.py import {folder}"
+        )
 
 
 if __name__ == "__main__":

@@ -697,7 +697,7 @@ def test_git_changes_no_byte_of_a_record(tmp_path):
 def test_new_says_at_once_what_the_track_refuses(tmp_path, capsys):
     """All of it, before anything is written; the limits are those of the published challenge."""
     for seed in (1, 2):
-        run_json(tmp_path / "logs", seed, bytes_total=16_000_001 + seed, seconds_train=600.5, seconds_evaluate=700.0)
+        run_json(tmp_path / "runs", seed, bytes_total=16_000_001 + seed, seconds_train=600.5, seconds_evaluate=700.0)
     options = ["--track", "track_10min_16mb"]
     assert new(tmp_path, *options)[0] == 1
     error = capsys.readouterr().err
@@ -727,7 +727,7 @@ def test_new_refuses_by_the_very_rules_of_verify(tmp_path):
     """Whatever a track asks for: a fault is found by both or by neither."""
     runs = {"device": "cuda:NVIDIA_H100", "world_size": 8, "val_documents": 50_000, "val_bytes": 151_080_363}
     for seed in (1, 2, 3):
-        run_json(tmp_path / "logs", seed, val_text_sha256="unknown", val_accounting="pieces", **runs)
+        run_json(tmp_path / "runs", seed, val_text_sha256="unknown", val_accounting="pieces", **runs)
     status, folder = new(tmp_path, "--track", "track_10min_16mb")
     assert status == 0
     s = record.load_submission(tmp_path / "records" / "track_10min_16mb" / folder.name)

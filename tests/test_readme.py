@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if link not in anchors and not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("preset", ["baseline", "record"])
+@pytest.mark.parametrize("preset", tg.PRESETS)
 def test_parameter_count_in_the_readme_is_that_of_the_preset(preset):
     with torch.device("meta"):
         model = tg.GPT(tg.from_env(tg.GPTConfig, {"PRESET": preset}))

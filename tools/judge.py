@@ -208,7 +208,12 @@ class RecordProcess:
             binds,
             limits,
             # Triton kernels are run by Triton's interpreter, where there is a Triton.
-            env={"OMP_NUM_THREADS": str(torch.get_num_threads()), "TRITON_INTERPRET": "1"},
+            # Threads that wait sleep. They would take the cores from the judge's own.
+            env={
+                "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                "OMP_WAIT_POLICY": "passive",
+                "TRITON_INTERPRET": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -629,20 +629,25 @@ def allowed_by_chance(error: float, n: int) -> float:
     return error * student_quantile(0.99865, n - 1)
 
 
+def sample_fault(scores: UnitScores) -> str:
+    """Why the score of a sample cannot be compared with a claim, whatever it is; empty if it can."""
+    if scores.is_prefix:
+        return (
+            f"val_bpb {scores.bpb:.6f} of the first {scores.n} documents cannot be compared with the claim, because an "
+            "adaptive predictor gets better along the text: leave --sample out"
+        )
+    if not scores.whole and (scores.n < MIN_SAMPLE or scores.interval > MAX_INTERVAL):
+        return (
+            f"a sample of {scores.n} units gives val_bpb {scores.bpb:.4f} +- {scores.interval:.3f}; to compare it with "
+            f"the claim takes {MIN_SAMPLE} units or more and +- {MAX_INTERVAL} or less: raise --sample, or leave it out"
+        )
+    return ""
+
+
 def check_score(name: str, scores: UnitScores, claim: float, margin: float, may_be_better: bool = False) -> Check:
     """Whether a score in bits per byte is the one that was claimed, within `margin` and the uncertainty of a sample."""
-    if scores.is_prefix:
-        reason = (
-            f"val_bpb {scores.bpb:.6f} of the first {scores.n} documents (partial:{scores.n_targets}_targets) cannot "
-            "be compared with the claim, because an adaptive predictor gets better along the text: leave --sample out"
-        )
-        return Check(name, False, reason)
-    if not scores.whole and (scores.n < MIN_SAMPLE or scores.interval > MAX_INTERVAL):
-        reason = (
-            f"{scores.n} units give +- {scores.interval:.3f} bits per byte; to compare takes at least {MIN_SAMPLE} "
-            f"units and +- {MAX_INTERVAL} or less: raise --sample, or leave it out"
-        )
-        return Check(name, False, reason)
+    if fault := sample_fault(scores):
+        return Check(name, False, fault)
 
     excess = scores.bpb - claim
     if scores.whole:
@@ -1298,8 +1303,7 @@ def rescore(
 
     for path in (options.data, options.documents, options.unseen):
         if path is not None and is_visible(path):
-            reason = f"{path} lies in a folder that the record's code can read: move it, or use another Python"
-            return [*checks, Check("hidden", False, reason)], None
+            raise JudgeError(f"{path} lies in a folder that the record's code can read: move it, or use another Python")
 
     violations: dict[str, str] = {}
     configs: list[tg.GPTConfig] = []

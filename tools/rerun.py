@@ -105,8 +105,7 @@ def rerun(
             "nothing about it: leave --rerun out"
         )
     if is_visible(options.data):
-        reason = f"{options.data} lies in a folder that the script can read: move the data, or use another Python"
-        return [Check("isolation", False, reason)], None
+        raise JudgeError(f"{options.data} lies in a folder that the script can read: move it, or use another Python")
     tokenizer = check_tokenizer(options.tokenizer)
     if not tokenizer.ok:
         return [tokenizer], None

@@ -803,6 +803,11 @@ def verify(args: argparse.Namespace) -> Outcome:
             more.append(judge.check_score("score", scores, claim, SAME_SCORE))
     checks += more
 
+    # Too small a sample is no fault of the record, unless something else is wrong with it.
+    others = [check for check in checks if check.name not in ("score", "rerun")]
+    if scores is not None and all(check.ok for check in others) and (fault := judge.sample_fault(scores)):
+        raise JudgeError(fault)
+
     confirmation = Review(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         reviewer=args.sign,

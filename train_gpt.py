@@ -94,16 +94,16 @@ PRESETS = {
     # One's own text on one's own machine: an hour on a CPU, or ITERATIONS on a GPU, whichever ends first.
     "small": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=8 MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 NUM_LOOPS=0 TRAIN_SEQ_LEN=1024 "
-    "TRAIN_BATCH_TOKENS=16384 ITERATIONS=5000 MAX_WALLCLOCK_SECONDS=3600 EMA_DECAY=0.99 "
-    "MUON_MOMENTUM_WARMUP_STEPS=300 VAL_MAX_TOKENS=500000 VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=50",
+    "TRAIN_BATCH_TOKENS=16384 ITERATIONS=5000 MAX_WALLCLOCK_SECONDS=3600 WARMUP_STEPS=1 EMA_DECAY=0.99 "
+    "MUON_MOMENTUM_WARMUP_STEPS=300 VAL_MAX_TOKENS=131072 VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=50",
 }
 
 # For --help.
 PRESET_NOTES = {
-    "smoke": "a first run on any machine, 2.1 million parameters, 90 seconds of training on two CPU cores",
-    "small": "one's own text, 13.4 million parameters, an hour on a laptop or minutes on a GPU",
-    "baseline": "the published baseline, 17.1 million parameters, for eight H100 in 10 minutes",
-    "record": "our full recipe, 35.9 million parameters, for eight H100 in 10 minutes, or one for longer",
+    "smoke": "2.1 million parameters: any machine; 160 s in all and 1.3 GiB on two slow CPU cores",
+    "small": "13.4 million parameters, scored on 131,072 tokens: an hour on a laptop, 2.3 GiB, or 5,000 steps on a GPU",
+    "baseline": "17.1 million parameters, as published: eight H100 for 10 minutes",
+    "record": "35.9 million parameters, our full recipe: eight H100 for 10 minutes, 23 GiB each, or one for longer",
 }
 
 
@@ -762,7 +762,7 @@ class Screen:
     It is off where the output goes to a file or another program, which get the lines of the log instead.
     """
 
-    BAR = "{percentage:3.0f} %  {bar:24}  {elapsed}, {remaining} left{postfix}"
+    BAR = "{percentage:3.0f} % {bar:12} {remaining} left{postfix}"
 
     def __init__(self, is_on: bool = False) -> None:
         self.is_on = is_on
@@ -790,6 +790,9 @@ class Screen:
         ) as bar:
 
             def advance(done: float, words: str) -> None:
+                if done == 0:
+                    # What came before does not count when the time left is estimated.
+                    bar.reset()
                 bar.set_postfix_str(words, refresh=False)
                 bar.update(min(done, 1.0) - bar.n)
 
@@ -2043,8 +2046,8 @@ class Progress:
     def words(self, bpb_of_loss: float, hp: Hyperparameters) -> str:
         """For people, beside the progress bar."""
         tokens_per_second = self.step * hp.train_batch_tokens / max(self.seconds, 1e-9)
-        bpb = f" = {self.train_loss * bpb_of_loss:.3f} bpb" if bpb_of_loss else ""
-        return f"step {self.step}, loss {self.train_loss:.3f}{bpb}, {tokens_per_second:,.0f} tokens/s"
+        bpb = f", {self.train_loss * bpb_of_loss:.2f} bpb" if bpb_of_loss else ""
+        return f"loss {self.train_loss:.2f}{bpb}, {tokens_per_second:,.0f} tokens/s"
 
     def timing(self) -> str:
         milliseconds = 1000 * self.seconds
@@ -2197,6 +2200,7 @@ def train(
             bpb_of_loss = score.val_bpb / score.val_loss
             if progress.step == 0:
                 results["untrained_val_bpb"] = score.val_bpb
+                advance(0.0, "")
             elif not finished:
                 run.screen.tell(f"step {progress.step}: {score.val_bpb:.4f} bits per byte of the validation text")
             run.ledger.switch("train")
@@ -3482,12 +3486,15 @@ def scored_otherwise(run: Run, identity: Mapping[str, Any]) -> list[str]:
         if here != there:
             differences.append(f"{name.upper()}={here} instead of {there}")
 
-    beside = artifact.with_name("run.json")
-    known = read_json(beside) if beside.exists() else {}
+    known = dict[str, Any]()
+    with contextlib.suppress(ValueError):
+        known = read_json(artifact.with_name("run.json"))
     if known.get("val_shards_sha256", identity["val_shards_sha256"]) != identity["val_shards_sha256"]:
         differences.append(f"other validation data than DATA_PATH={known.get('data_path')}")
-    if identity["partial"]:
-        differences.append(f"VAL_MAX_TOKENS={run.hp.val_max_tokens}, a part of the validation text")
+    limit_here = run.hp.val_max_tokens if identity["partial"] else 0
+    limit_there = known.get("val_max_tokens", 0) if known.get("partial") else 0
+    if limit_here != limit_there:
+        differences.append(f"VAL_MAX_TOKENS={limit_here} instead of {limit_there}")
     return differences
 
 

@@ -196,6 +196,10 @@ class GPTConfig:
         return order[: self.loop_start] + loop * self.num_loops + order[self.loop_start :]
 
 
+# What leads to the folder of the last run, in OUT_DIR.
+LATEST = "latest"
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """How the weights are found and where files lie. Logged, but not stored in the artifact."""
@@ -298,9 +302,6 @@ class Hyperparameters:
             return limit - min(self.gptq_reserve_seconds, limit / 2)
         return limit
 
-
-# What leads to the folder of the last run, in OUT_DIR.
-LATEST = "latest"
 
 SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
 
@@ -2191,8 +2192,8 @@ def train(
 
         if finished:
             advance(1.0, progress.words(bpb_of_loss, hp))
-        if finished and progress.average:
-            torch._foreach_copy_(weights, progress.average)
+            if progress.average:
+                torch._foreach_copy_(weights, progress.average)
         if finished or (hp.val_loss_every and progress.step % hp.val_loss_every == 0):
             run.ledger.switch("validate")
             score = validate(looping)
@@ -3407,7 +3408,7 @@ def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
         return found
     if "VOCAB_SIZE" not in env and not hp.eval_artifact:
         found["VOCAB_SIZE"] = str(n_pieces)
-    if "TOKENIZER_PATH" not in env | found.keys():
+    if "TOKENIZER_PATH" not in env and "TOKENIZER_PATH" not in found:
         for folder in (data_path.parent.parent / "tokenizers", data_path):
             path = folder / Path(file_name).name
             if path.is_file() and path != Path(hp.tokenizer_path):

@@ -13,12 +13,13 @@ so and exits with status 3, which torchrun turns into 1.
 Settings are environment variables or arguments, as in NUM_LAYERS=7 python train_gpt.py or python train_gpt.py
 --num_layers=7: the fields of GPTConfig and Hyperparameters. PRESET picks their defaults, --help lists them.
 
-A run writes to a folder of its own, OUT_DIR/RUN_ID, and to no other:
+A run writes to a folder of its own, OUT_DIR/RUN_ID:
          final_model.*.ptz                the scored model: a JSON header and compressed weights, never code
-         log.txt                          one line for all that happened
+         log.txt                          the log, a line per event
          run.json                         settings, identities, seconds, bytes and results
 Once training ends, the weights are there uncompressed, as final_model.float32.ptz, until the scored model replaces
-them. OUT_DIR/latest leads to the folder of the last run that finished.
+them. OUT_DIR/latest leads to the folder of the last run that finished. What a full disk does not take goes to the
+temporary folder, and the last line says so.
 
 Interface for tools (all that they may use; everything else is free to change):
          load_artifact(path, device) -> module     rebuilt from the artifact alone, in eval mode
@@ -91,7 +92,7 @@ PRESETS = {
     "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
     "TRAIN_BATCH_TOKENS=2048 ITERATIONS=600 MAX_WALLCLOCK_SECONDS=90 EMA_DECAY=0.97 MUON_MOMENTUM_WARMUP_STEPS=100 "
     "VAL_LOSS_EVERY=600 TRAIN_LOG_EVERY=20 COMPILE=0",
-    # One's own text on one's own machine: an hour on a CPU, or ITERATIONS on a GPU, whichever ends first.
+    # For one's own text, if DATA_PATH names it: an hour on a CPU, or ITERATIONS on a GPU, whichever ends first.
     "small": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=8 MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 NUM_LOOPS=0 TRAIN_SEQ_LEN=1024 "
     "TRAIN_BATCH_TOKENS=16384 ITERATIONS=5000 MAX_WALLCLOCK_SECONDS=3600 WARMUP_STEPS=1 EMA_DECAY=0.99 "
@@ -820,16 +821,24 @@ class RunLog:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-            self.file = self.path.open("xb", buffering=0)
         except FileExistsError:
             if not folder.parent.is_dir():
-                raise ValueError(f"OUT_DIR={folder.parent} is a file: name a folder") from None
+                raise ValueError(f"OUT_DIR={folder.parent} is no folder: name one") from None
             raise ValueError(
                 f"RUN_ID={folder.name} names a run whose files are in {folder}: choose another RUN_ID, unset it for a "
                 "new one, or move that folder away"
             ) from None
         except OSError as error:
-            raise ValueError(f"OUT_DIR={folder.parent} cannot be written ({error.strerror}): name another") from None
+            raise ValueError(
+                f"OUT_DIR={folder.parent} cannot hold a folder RUN_ID={folder.name} ({error.strerror}): name others"
+            ) from None
+        try:
+            self.file = self.path.open("xb", buffering=0)
+        except OSError as error:
+            folder.rmdir()
+            raise ValueError(
+                f"OUT_DIR={folder.parent} cannot be written ({error.strerror}): make room there, or name another"
+            ) from None
 
     def __call__(self, line: str) -> None:
         self.to_file(line)
@@ -902,26 +911,33 @@ def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
 
     Raises OSError if no folder took it.
     """
-    folders = [Path(tempfile.gettempdir()), Path.home()]
-    first_error = ""
-    for place in (path, *(folder.resolve() / f"{hp.run_id}.{path.name}" for folder in folders)):
-        try:
+    try:
+        write_file(path, data)
+    except OSError as error:
+        first_error = error
+    else:
+        return path
+
+    for find_folder in (tempfile.gettempdir, Path.home):
+        # Even to ask for these folders may fail, on a machine without room or without a home.
+        with contextlib.suppress(OSError, RuntimeError):
+            place = Path(find_folder()).resolve() / f"{hp.run_id}.{path.name}"
             write_file(place, data)
-        except OSError as error:
-            first_error = first_error or str(error)
-        else:
             return place
     raise OSError(f"{first_error}. No other folder took it either, {path.name} is lost")
 
 
-def point_to_latest(folder: Path) -> None:
-    """Let LATEST, beside the folder of a run, lead to it. Some systems have no links: there nothing leads to it."""
+def point_to_latest(folder: Path) -> bool:
+    """Let LATEST, beside the folder of a run, lead to it. -> whether it does: some systems have no links"""
     temporary = folder / "latest.part"
     try:
-        temporary.symlink_to(folder.name)
+        temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, folder.with_name(LATEST))
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        return False
+    return True
 
 
 def proc_value(file: str, key: str) -> str:
@@ -1521,8 +1537,8 @@ SHARD_VERSION = 1
 HEADER_INTS = 256
 
 HOW_TO_GET_DATA = (
-    "`python data/build_shards.py` makes the data of PRESET=smoke, with --input those of your own text; "
-    "`python data/download.py --variant sp1024` gets those of PRESET=baseline, with sp8192 those of PRESET=record"
+    "`python data/build_shards.py` makes the data of PRESET=smoke, or with --input shards of your own text; "
+    "`python data/download.py --variant sp1024` gets those of PRESET=baseline and small, --variant sp8192 of record"
 )
 
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
@@ -1817,14 +1833,14 @@ MAX_JSON_BYTES = 2**24
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON. Raises ValueError if there is none, or if the file is far too large."""
-    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is no file of at most {MAX_JSON_BYTES} bytes")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
+    found = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES:
+            found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(
+            f"{path} is no file that can be read and holds a JSON object of at most {MAX_JSON_BYTES} bytes"
+        )
     return found
 
 
@@ -1864,7 +1880,7 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
     if tokenizer_sha256 != listed_sha256:
         raise ValueError(
             f"TOKENIZER_PATH has sha256 {tokenizer_sha256}, but {path} says {listed_sha256}: "
-            f"name the tokenizer the data was made with, {tokenizer.get('file', '')!s:.100}"
+            f"name the tokenizer the data was made with, {str(tokenizer.get('file', 'unknown'))!a:.100}"
         )
     return identity
 
@@ -2198,7 +2214,7 @@ def train(
             run.ledger.switch("validate")
             score = validate(looping)
             run.log0(f"{progress.position(hp)} {score.line(4)} {progress.timing()}")
-            bpb_of_loss = score.val_bpb / score.val_loss
+            bpb_of_loss = score.val_bpb / max(score.val_loss, 1e-9)
             if progress.step == 0:
                 results["untrained_val_bpb"] = score.val_bpb
                 advance(0.0, "")
@@ -3818,8 +3834,8 @@ def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:
         raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
-    if not hp.eval_artifact:
-        point_to_latest(hp.run_folder)
+    if not hp.eval_artifact and not point_to_latest(hp.run_folder):
+        show(f"note: {hp.run_folder.with_name(LATEST)} does not lead to this run, links do not work there", sys.stderr)
 
 
 def train_and_score(run: Run, data: Data) -> dict[str, Any]:

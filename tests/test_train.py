@@ -774,7 +774,7 @@ def test_place_that_cannot_be_written_is_found_before_training(run_script, tmp_p
     (tmp_path / "file").write_text("")
     run = run_script(OUT_DIR=str(tmp_path / place))
     assert (run.status, run.out) == (1, "")
-    assert re.fullmatch(r"error: OUT_DIR=.*(file|proc).* (is a file|cannot be written).*\n", run.err)
+    assert re.fullmatch(r"error: OUT_DIR=.*(file|proc).* (is no folder|cannot hold a folder).*\n", run.err)
 
 
 @pytest.mark.parametrize("codec", ["int8_zlib", "trellis_ans"])
@@ -914,12 +914,12 @@ def test_two_logs_cannot_be_opened_under_one_name(tmp_path):
 def test_latest_leads_to_the_last_run_that_finished(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        tg.point_to_latest(tmp_path / name)
+        assert tg.point_to_latest(tmp_path / name)
         assert (tmp_path / "latest").resolve() == (tmp_path / name).resolve()
     # Where something else has that name, it stays.
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
-    tg.point_to_latest(tmp_path / "a")
+    assert not tg.point_to_latest(tmp_path / "a")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "b", "latest"]
 
 

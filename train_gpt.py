@@ -2060,11 +2060,13 @@ class Progress:
     def position(self, hp: Hyperparameters) -> str:
         return f"step:{self.step}/{hp.iterations}"
 
+    def tokens_per_second(self, hp: Hyperparameters) -> int:
+        return round(self.step * hp.train_batch_tokens / max(self.seconds, 1e-9))
+
     def words(self, bpb_of_loss: float, hp: Hyperparameters) -> str:
         """For people, beside the progress bar."""
-        tokens_per_second = self.step * hp.train_batch_tokens / max(self.seconds, 1e-9)
         bpb = f", {self.train_loss * bpb_of_loss:.2f} bpb" if bpb_of_loss else ""
-        return f"loss {self.train_loss:.2f}{bpb}, {tokens_per_second:,.0f} tokens/s"
+        return f"loss {self.train_loss:.2f}{bpb}, {self.tokens_per_second(hp):,} tokens/s"
 
     def timing(self) -> str:
         milliseconds = 1000 * self.seconds
@@ -2253,7 +2255,7 @@ def train(
     if progress.step:
         results["train_loss"] = progress.train_loss
         results["train_seconds"] = progress.seconds
-        results["tokens_per_second"] = round(progress.step * hp.train_batch_tokens / progress.seconds)
+        results["tokens_per_second"] = progress.tokens_per_second(hp)
     results["steps"] = progress.step
     results["pre_quant_val_loss"] = score.val_loss
     results["pre_quant_val_bpb"] = score.val_bpb
@@ -3492,20 +3494,18 @@ def adopt_config(asked: GPTConfig, stored: GPTConfig, env: Mapping[str, str]) ->
     return dataclasses.replace(stored, **changes)
 
 
-def scored_otherwise(run: Run, identity: Mapping[str, Any]) -> list[str]:
+def scored_otherwise(run: Run, identity: Mapping[str, Any], parts: ArtifactParts) -> list[str]:
     """In what the score of EVAL_ARTIFACT differs from the one that its run gave it, in words."""
-    artifact = Path(run.hp.eval_artifact)
-    stored = read_artifact(artifact).header.config
     differences = []
     for name in WAYS_TO_SCORE:
         here = getattr(run.config, name)
-        there = getattr(stored, name)
+        there = getattr(parts.header.config, name)
         if here != there:
             differences.append(f"{name.upper()}={here} instead of {there}")
 
     known = dict[str, Any]()
     with contextlib.suppress(ValueError):
-        known = read_json(artifact.with_name("run.json"))
+        known = read_json(parts.path.with_name("run.json"))
     if known.get("val_shards_sha256", identity["val_shards_sha256"]) != identity["val_shards_sha256"]:
         differences.append(f"other validation data than DATA_PATH={known.get('data_path')}")
     limit_here = run.hp.val_max_tokens if identity["partial"] else 0
@@ -3548,7 +3548,7 @@ FEW_STEPS = 100
 
 
 def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What the device reaches in a matrix product, the fastest of three. One takes some milliseconds."""
+    """What the device reaches in a matrix product, the fastest of four. One takes some milliseconds."""
     # A GPU needs larger matrices than a CPU to show what it can do.
     size = 1024 if device.type == "cpu" else 4096
     matrix = torch.ones(size, size, device=device, dtype=dtype)
@@ -3568,12 +3568,14 @@ def require_fast_device(n_parameters: int, run: Run) -> None:
     """
     hp = run.hp
     config = run.config
+    if not hp.seconds_for_steps:
+        return
     passes = len(config.layer_order(looping=True)) / config.num_layers
     operations = 6 * n_parameters * passes * hp.train_batch_tokens
     dtype = pick_dtype(run.world.device, config.compute_dtype)
     speed = run.world.size * operations_per_second(run.world.device, dtype)
     n_steps = run.world.agree(hp.seconds_for_steps * speed / operations)
-    if not hp.seconds_for_steps or n_steps >= min(hp.iterations, FEW_STEPS):
+    if n_steps >= min(hp.iterations, FEW_STEPS):
         return
 
     advice = (
@@ -3618,7 +3620,7 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
     run.log0(key_values({**sizes, "compiled": run.compiled, "attention": attention}))
     shown = ("train_batch_tokens", "train_seq_len", "iterations", "warmup_steps", "max_wallclock_seconds")
     run.log0(key_values({name: getattr(hp, name) for name in shown}))
-    introduce(run, n_parameters, data)
+    introduce(run, n_parameters, n_train_tokens, len(data.val.ids))
     if run.compiled:
         run.screen.tell("The model is compiled first, which takes up to two minutes on a CPU and one on a GPU.")
         prime(learner, loader, run)
@@ -3679,12 +3681,10 @@ def score_artifact(run: Run, split: ValSplit, parts: ArtifactParts) -> Score:
     return score
 
 
-def introduce(run: Run, n_parameters: int, data: Data) -> None:
+def introduce(run: Run, n_parameters: int, n_train_tokens: int, n_val_tokens: int) -> None:
     """Tell a person what is going to be trained, on what, and for how long."""
     config = run.config
     hp = run.hp
-    if not run.screen.is_on or not data.train:
-        return
     limits = [f"{hp.iterations:,} steps of {hp.train_batch_tokens:,} tokens"]
     if hp.max_wallclock_seconds:
         limits.append(f"{hp.max_wallclock_seconds:g} s of training")
@@ -3695,10 +3695,7 @@ def introduce(run: Run, n_parameters: int, data: Data) -> None:
         f"Model  {n_parameters:,} parameters: {config.num_layers} layers of width {config.model_dim}, "
         f"vocabulary of {config.vocab_size:,}"
     )
-    tell(
-        f"Data   {Path(hp.data_path).name}: {len(data.train.stream):,} tokens to train on, {len(data.val.ids):,} to "
-        "be scored on"
-    )
+    tell(f"Data   {Path(hp.data_path).name}: {n_train_tokens:,} tokens to train on, {n_val_tokens:,} to be scored on")
     tell(f"Device {run.world.size} x {machine['device'].replace('_', ' ')}, {config.compute_dtype}")
     tell(f"Limits {' or '.join(limits)}; {hp.max_total_bytes:,} bytes for code and weights")
     tell(f"Files  {hp.run_folder}")
@@ -3880,8 +3877,6 @@ def train_and_score(run: Run, data: Data) -> dict[str, Any]:
     ledger.switch("startup")
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
-        if differences := scored_otherwise(run, identity):
-            run.warn(f"this is not how the model's own run scored it: {', '.join(differences)}")
     else:
         results |= train_and_store(run, data)
         path = Path(results["artifact_path"])
@@ -3890,6 +3885,8 @@ def train_and_score(run: Run, data: Data) -> dict[str, Any]:
     parts = read_artifact(path)
     if results.get("artifact_sha256", parts.sha256) != parts.sha256:
         raise ValueError(f"{path} is not what this run wrote, something else replaced it: score it with EVAL_ARTIFACT")
+    if hp.eval_artifact and (differences := scored_otherwise(run, identity, parts)):
+        run.warn(f"this is not how the model's own run scored it: {', '.join(differences)}")
     score = score_artifact(run, data.val, parts)
     results |= {
         "val_loss": score.val_loss,

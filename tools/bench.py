@@ -46,6 +46,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from build_shards import Encoder  # noqa: E402
 from documents import embedded_documents  # noqa: E402
+from record import script_settings  # noqa: E402
 from shards import write_shard  # noqa: E402
 from tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
@@ -398,7 +399,7 @@ def run_script(script: Path, steps: int, folder: Path) -> float:
         "VAL_LOSS_EVERY": "0",
         "TRAIN_LOG_EVERY": "1",
     }
-    if "artifact_dir" in script.read_text(encoding="utf-8"):
+    if "artifact_dir" in script_settings(script.read_text(encoding="utf-8")):
         # An earlier script has another folder for its artifact.
         env["ARTIFACT_DIR"] = str(folder)
     process = subprocess.Popen(

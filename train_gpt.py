@@ -44,6 +44,8 @@ import os
 import platform
 import re
 import shutil
+import signal
+import socket
 import struct
 import sys
 import sysconfig
@@ -55,7 +57,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 if __name__ == "__main__":
@@ -91,12 +95,13 @@ PRESETS = {
     "smoke": "DATA_PATH=./data/datasets/pydoc_sp1024 TOKENIZER_PATH=./data/tokenizers/pydoc_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 NUM_LOOPS=0 TRAIN_SEQ_LEN=256 "
     "TRAIN_BATCH_TOKENS=2048 ITERATIONS=600 MAX_WALLCLOCK_SECONDS=90 EMA_DECAY=0.97 MUON_MOMENTUM_WARMUP_STEPS=100 "
-    "VAL_LOSS_EVERY=600 TRAIN_LOG_EVERY=20 COMPILE=0",
+    "VAL_LOSS_EVERY=600 TRAIN_LOG_EVERY=20 COMPILE=0 CHECKPOINT_EVERY=30",
     # For one's own text, if DATA_PATH names it: an hour on a CPU, or ITERATIONS on a GPU, whichever ends first.
     "small": "DATA_PATH=./data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=./data/tokenizers/fineweb_1024_bpe.model "
     "VOCAB_SIZE=1024 NUM_LAYERS=8 MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 NUM_LOOPS=0 TRAIN_SEQ_LEN=1024 "
     "TRAIN_BATCH_TOKENS=16384 ITERATIONS=5000 MAX_WALLCLOCK_SECONDS=3600 WARMUP_STEPS=1 EMA_DECAY=0.99 "
-    "MUON_MOMENTUM_WARMUP_STEPS=300 VAL_MAX_TOKENS=131072 VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=50",
+    "MUON_MOMENTUM_WARMUP_STEPS=300 VAL_MAX_TOKENS=131072 VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=50 "
+    "CHECKPOINT_EVERY=300",
 }
 
 # For --help.
@@ -218,6 +223,10 @@ class Hyperparameters:
     out_dir: str = setting("runs", "folder that gets a folder for each run")
     eval_artifact: str = setting("", "score this model, a file or the folder of a run, and stop")
     max_total_bytes: int = setting(16_000_000, "limit for code and artifact together", low=1)
+    checkpoint_every: float = setting(
+        0.0, "seconds of training between checkpoints; 0 means only when a signal asks for one"
+    )
+    resume: str = setting("", "go on from this checkpoint or run folder; 1 means the run in OUT_DIR that was cut short")
     compile: str = setting(
         "auto", "use torch.compile; auto: if there is CUDA or a C++ compiler", choices=("auto", "0", "1")
     )
@@ -286,6 +295,8 @@ class Hyperparameters:
             raise ValueError(
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
             )
+        if self.resume and self.eval_artifact:
+            raise ValueError(f"RESUME={self.resume} trains and EVAL_ARTIFACT={self.eval_artifact} does not: unset one")
         if Path(self.run_id).name != self.run_id or self.run_id in ("..", LATEST):
             raise ValueError(f"RUN_ID={self.run_id!r} must name a folder in OUT_DIR, and no path or {LATEST!r}")
         if not self.run_id.isprintable():
@@ -361,6 +372,8 @@ NAMES_ELSEWHERE = {
     "VAL_LOSS_EVERY": "EVAL_INTERVAL EVAL_EVERY EVAL_STEPS EVAL_ITERS VAL_EVERY VAL_INTERVAL",
     "VAL_MAX_TOKENS": "MAX_VAL_TOKENS EVAL_TOKENS VAL_TOKENS",
     "TRAIN_LOG_EVERY": "LOG_INTERVAL LOG_EVERY LOGGING_STEPS",
+    "CHECKPOINT_EVERY": "SAVE_EVERY SAVE_STEPS SAVE_INTERVAL SAVE_CHECKPOINT CHECKPOINT_INTERVAL",
+    "RESUME": "RESUME_FROM RESUME_FROM_CHECKPOINT LOAD_CHECKPOINT",
     "COMPUTE_DTYPE": "DTYPE AMP_DTYPE PRECISION",
     "COMPILE": "TORCH_COMPILE USE_COMPILE",
     "SEED": "RANDOM_SEED MANUAL_SEED",
@@ -375,9 +388,7 @@ NAMES_ELSEWHERE = {
 }
 
 # What those scripts can do and this one cannot, by name or by how the names start.
-ABSENT = (
-    "DROPOUT BIAS LABEL_SMOOTHING WARMUP_ITERS WARMUP_RATIO WARMUP_FRAC LR_WARMUP_STEPS INIT_FROM RESUME WINDOW_SIZE"
-)
+ABSENT = "DROPOUT BIAS LABEL_SMOOTHING WARMUP_ITERS WARMUP_RATIO WARMUP_FRAC LR_WARMUP_STEPS INIT_FROM WINDOW_SIZE"
 ABSENT_PREFIXES = ("TTT_", "SWA_", "QAT_", "MTP_", "LORA_", "BIGRAM_", "NGRAM_", "SLOT_")
 
 Settings = TypeVar("Settings", GPTConfig, Hyperparameters)
@@ -547,6 +558,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    processes: tuple[tuple[int, int], ...] = ()  # of each rank: a number for its machine, and its process id
 
     def share(self, n: int) -> range:
         """This rank's share of n things. The last rank's is among the largest."""
@@ -561,6 +573,12 @@ class World(NamedTuple):
         totals = flat.split([t.numel() for t in tensors])
         for t, total in zip(tensors, totals, strict=True):
             t.copy_(total.view_as(t))
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Each number summed over the ranks."""
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.sum_all([sums])
+        return sums.tolist()
 
     def agree(self, x: float) -> float:
         """Rank 0's `x` on every rank, for what the ranks must not decide differently. The others wait for rank 0."""
@@ -577,9 +595,37 @@ class World(NamedTuple):
             dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
         return shared[0]
 
+    def dead_ranks(self) -> list[int]:
+        """Ranks of this machine whose processes have ended. Waits for up to ten seconds until there is one."""
+        machine, _ = self.processes[self.rank]
+        dead: list[int] = []
+        for _ in range(100):
+            dead = [
+                rank for rank, (where, process) in enumerate(self.processes) if where == machine and has_ended(process)
+            ]
+            if dead:
+                break
+            time.sleep(0.1)
+        return dead
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process of this machine is gone, or only waits for its parent to notice that it ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return proc_value(f"/proc/{process}/status", "State").startswith("Z")
+
 
 # torchrun sets these, and so do other launchers. Those of a cluster's shell may be left over from something else.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+# A rank that does not answer for so long ends the others. Rank 0 needs minutes to encode a large model.
+LONGEST_SILENCE = timedelta(minutes=10)
 
 
 class Place(NamedTuple):
@@ -647,7 +693,8 @@ def start_world(env: Mapping[str, str]) -> World:
         reminder.daemon = True
         reminder.start()
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=LONGEST_SILENCE)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -655,7 +702,13 @@ def start_world(env: Mapping[str, str]) -> World:
             ) from None
         finally:
             reminder.cancel()
-    return World(rank, size, device)
+
+    # Later they can tell which of them has died.
+    own_process = (zlib.crc32(socket.gethostname().encode()), os.getpid())
+    processes = torch.zeros(size, 2, dtype=torch.int64)
+    processes[rank] = torch.tensor(own_process)
+    World(rank, size).sum_all([processes])
+    return World(rank, size, device, tuple((machine, process) for machine, process in processes.tolist()))
 
 
 def synchronize(device: torch.device) -> None:
@@ -750,6 +803,37 @@ class Ledger:
         return seconds
 
 
+class Signals:
+    """What Ctrl-C (SIGINT), clusters and rented machines (SIGTERM, SIGUSR1) and a closed terminal (SIGHUP) ask for.
+
+    SIGUSR1 asks to keep the state of the run, the others to end it. They raise KeyboardInterrupt, except while they are
+    `deferred`: then the training loop looks for them between two steps. A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.stop = 0  # number of the signal that asked for the end
+        self.keep = False
+
+    def catch(self) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            # One that is ignored, as SIGHUP is under nohup, stays ignored.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.keep = True
+            return
+        self.stop = number
+        if not self.deferred:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            show("stopping after this step, Ctrl-C again stops at once and keeps nothing of it", sys.stderr)
+
+
 # Takes the part of a phase that is done, 0 to 1, and a few words about it.
 Advance = Callable[[float, str], None]
 
@@ -808,8 +892,11 @@ class RunLog:
     the disk is full, is tried again with every further line.
     """
 
-    def __init__(self, folder: Path, world: World, screen: Screen) -> None:
-        """Make the folder of a run and its log. Raises ValueError if a run has used it before, or no folder can be."""
+    def __init__(self, folder: Path, world: World, screen: Screen, goes_on: bool = False) -> None:
+        """Make the folder of a run and its log, or go on with them.
+
+        Raises ValueError if another run has used the folder before, or if no folder can be made.
+        """
         self.path = folder / "log.txt"
         self.is_on = world.rank == 0
         self.is_shown = self.is_on and not screen.is_on
@@ -820,7 +907,7 @@ class RunLog:
 
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
+            folder.mkdir(exist_ok=goes_on)
         except FileExistsError:
             if not folder.parent.is_dir():
                 raise ValueError(f"OUT_DIR={folder.parent} is no folder: name one") from None
@@ -833,9 +920,10 @@ class RunLog:
                 f"OUT_DIR={folder.parent} cannot hold a folder RUN_ID={folder.name} ({error.strerror}): name others"
             ) from None
         try:
-            self.file = self.path.open("xb", buffering=0)
+            self.file = self.path.open("ab" if goes_on else "xb", buffering=0)
         except OSError as error:
-            folder.rmdir()
+            if not goes_on:
+                folder.rmdir()
             raise ValueError(
                 f"OUT_DIR={folder.parent} cannot be written ({error.strerror}): make room there, or name another"
             ) from None
@@ -893,12 +981,17 @@ def own_code() -> bytes:
     return Path(__file__).read_bytes()
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, *pieces: bytes | memoryview) -> None:
     """Write a file atomically: under its name stands all of it, or what was there before. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            # Without this, a machine that loses its power may keep the new name and lose the content.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -906,13 +999,13 @@ def write_file(path: Path, data: bytes) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): make room there, or name another folder") from None
 
 
-def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
+def write_somewhere(path: Path, hp: Hyperparameters, *pieces: bytes | memoryview) -> Path:
     """Write a file, or in another folder under the name of the run if a disk is full. -> where it is
 
     Raises OSError if no folder took it.
     """
     try:
-        write_file(path, data)
+        write_file(path, *pieces)
     except OSError as error:
         first_error = error
     else:
@@ -922,7 +1015,7 @@ def write_somewhere(path: Path, data: bytes, hp: Hyperparameters) -> Path:
         # Even to ask for these folders may fail, on a machine without room or without a home.
         with contextlib.suppress(OSError, RuntimeError):
             place = Path(find_folder()).resolve() / f"{hp.run_id}.{path.name}"
-            write_file(place, data)
+            write_file(place, *pieces)
             return place
     raise OSError(f"{first_error}. No other folder took it either, {path.name} is lost")
 
@@ -970,23 +1063,6 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
     peak_kib = proc_value("/proc/self/status", "VmHWM").removesuffix(" kB")
     peak = int(peak_kib or 0) // 1024
     return peak, peak
-
-
-@dataclass(frozen=True)
-class Run:
-    """What travels together through a run."""
-
-    config: GPTConfig
-    hp: Hyperparameters
-    world: World
-    ledger: Ledger
-    log0: Log
-    screen: Screen = dataclasses.field(default_factory=Screen)
-    compiled: bool = False
-
-    def warn(self, text: str) -> None:
-        self.log0(f"warning: {text}")
-        self.screen.tell(f"warning: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1776,7 +1852,8 @@ def load_tokenizer(
     sha256 = hashlib.sha256(data).hexdigest()
     if known_sha256 and sha256 != known_sha256:
         raise ValueError(
-            f"TOKENIZER_PATH={path!r} has sha256 {sha256}, not the artifact's {known_sha256}: name that tokenizer"
+            f"TOKENIZER_PATH={path!r} has sha256 {sha256}, but the model was made with {known_sha256}: "
+            "name that tokenizer"
         )
     return sp, sha256
 
@@ -2027,6 +2104,9 @@ def evaluate(
 CUDA_MICRO_BATCH_TOKENS = 65_536  # fill any GPU
 CPU_MICRO_BATCH_TOKENS = 2_048  # whose activations stay in the caches
 
+# Nats by which a loss is far above those before it. Such a step is reported, and training goes on.
+SPIKE = 1.0
+
 
 class Learner(NamedTuple):
     """What a training step works on and changes."""
@@ -2040,18 +2120,28 @@ class Learner(NamedTuple):
 class Progress:
     """The state of a run between two steps. Together with the weights and the optimizers' state it is all there is."""
 
-    average: list[Tensor]  # moving average of the weights; empty with EMA_DECAY=0
     step: int = 0  # steps done
     seconds: float = 0.0  # spent training, by rank 0's clock
     train_loss: float = math.nan  # nats per token, of the last step
-    # What the last ten steps took.
+    # Of the last ten steps.
+    recent_losses: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=10))
     recent_seconds: deque[float] = dataclasses.field(default_factory=lambda: deque([0.0], maxlen=10))
+    untrained_val_bpb: float = 0.0  # 0 if it was not asked for
+    bpb_of_loss: float = 0.0  # as many bits per byte of the validation text as a loss of 1; 0 before a validation
+    resumes: int = 0  # how often the run went on from a checkpoint
+    average: list[Tensor] = dataclasses.field(default_factory=list)  # of the weights; empty with EMA_DECAY=0
 
     def finish_step(self, train_loss: float, seconds: float) -> None:
         self.step += 1
         self.train_loss = train_loss
+        self.recent_losses.append(train_loss)
         self.recent_seconds.append(seconds - self.seconds)
         self.seconds = seconds
+
+    def is_spike(self, train_loss: float) -> bool:
+        """Whether a loss is more than SPIKE above the mean of the last ten."""
+        recent = self.recent_losses
+        return len(recent) == 10 and train_loss > sum(recent) / 10 + SPIKE
 
     def out_of_time(self, hp: Hyperparameters) -> bool:
         """Whether the next step, if it took as long as the slowest of the last ten, would end too late."""
@@ -2063,14 +2153,33 @@ class Progress:
     def tokens_per_second(self, hp: Hyperparameters) -> int:
         return round(self.step * hp.train_batch_tokens / max(self.seconds, 1e-9))
 
-    def words(self, bpb_of_loss: float, hp: Hyperparameters) -> str:
+    def words(self, hp: Hyperparameters) -> str:
         """For people, beside the progress bar."""
-        bpb = f", {self.train_loss * bpb_of_loss:.2f} bpb" if bpb_of_loss else ""
+        bpb = f", {self.train_loss * self.bpb_of_loss:.2f} bpb" if self.bpb_of_loss else ""
         return f"loss {self.train_loss:.2f}{bpb}, {self.tokens_per_second(hp):,} tokens/s"
 
     def timing(self) -> str:
         milliseconds = 1000 * self.seconds
         return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(self.step, 1):.2f}ms"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What travels together through a run."""
+
+    config: GPTConfig
+    hp: Hyperparameters
+    world: World
+    ledger: Ledger
+    log0: Log
+    screen: Screen = dataclasses.field(default_factory=Screen)
+    signals: Signals = dataclasses.field(default_factory=Signals)
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    compiled: bool = False
+
+    def warn(self, text: str) -> None:
+        self.log0(f"warning: {text}")
+        self.screen.tell(f"warning: {text}")
 
 
 def part_done(step: int, seconds: float, hp: Hyperparameters) -> float:
@@ -2143,8 +2252,15 @@ def fit_micro_batch(learner: Learner, loader: Loader, run: Run) -> None:
         torch.cuda.empty_cache()
 
 
-def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, run: Run, looping: bool = True) -> Tensor:
-    """One step on this rank's micro-batches, weighted by their share of its tokens. -> () mean nats per token"""
+class Step(NamedTuple):
+    """What a step measured, over all ranks, before it changed the weights."""
+
+    train_loss: Tensor  # () mean nats per token
+    gradient_norm: Tensor  # () length of the gradient, before it is clipped
+
+
+def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, run: Run, looping: bool = True) -> Step:
+    """One step on this rank's micro-batches, weighted by their share of its tokens."""
     train_loss = torch.zeros((), device=run.world.device)
     for ids, targets in batch:
         loss = learner.loss_fn(ids, targets, looping) * (targets.numel() / run.hp.train_batch_tokens)
@@ -2153,8 +2269,9 @@ def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, ru
 
     gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
     run.world.sum_all([*gradients, train_loss])
+    gradient_norm = torch.nn.utils.get_total_norm(gradients)
     if run.hp.grad_clip_norm:
-        torch.nn.utils.clip_grad_norm_(learner.model.parameters(), run.hp.grad_clip_norm)
+        torch.nn.utils.clip_grads_with_norm_(learner.model.parameters(), run.hp.grad_clip_norm, gradient_norm)
 
     for optimizer in learner.optimizers:
         for group in optimizer.param_groups:
@@ -2163,7 +2280,7 @@ def train_step(learner: Learner, batch: Batch, scale: float, momentum: float, ru
                 group["momentum"] = momentum
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return train_loss
+    return Step(train_loss, gradient_norm)
 
 
 def prime(learner: Learner, loader: Loader, run: Run) -> None:
@@ -2182,20 +2299,381 @@ def prime(learner: Learner, loader: Loader, run: Run) -> None:
         optimizer.state.clear()
 
 
+# -- Checkpoints -----------------------------------------------------------------------------------------------------
+# Magic (8 bytes), crc32 of all that follows (uint32), length of the JSON (uint32), JSON, tensors.
+#
+# The JSON holds settings, progress and seconds, and the names and shapes of the tensors, which follow one after another
+# as little-endian float32. Nothing in it is executed.
+
+CHECKPOINT_MAGIC = b"GOLFRUN\n"
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_PREFIX = struct.Struct("<8sII")
+CHECKPOINT_FILES = "checkpoint_*.ckpt"
+CHECKPOINTS_KEPT = 2
+MAX_CHECKPOINT_JSON_BYTES = 2**20
+
+# Settings that a run may go on with changed: they move files, or change results by no more than rounding.
+MAY_CHANGE = {
+    "RUN_ID",
+    "OUT_DIR",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "RESUME",
+    "COMPILE",
+    "MICRO_BATCH_TOKENS",
+    "VAL_BATCH_SIZE",
+    "VAL_LOSS_EVERY",
+    "TRAIN_LOG_EVERY",
+    "CHECKPOINT_EVERY",
+}
+
+
+def changing_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
+    """Everything that steps change, by name: weights, their average, and what the optimizers remember."""
+    names: dict[Tensor, str] = {p: name for name, p in learner.model.named_parameters()}
+    tensors = {f"weight {name}": p.detach() for p, name in names.items()}
+    for name, average in zip(names.values(), progress.average, strict=bool(progress.average)):
+        tensors[f"average {name}"] = average
+    for optimizer in learner.optimizers:
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"{key} {names[p]}"] = value
+    return tensors
+
+
+def table_of(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+    return [[name, list(t.shape)] for name, t in tensors.items()]
+
+
+def settings_as_text(config: GPTConfig, hp: Hyperparameters) -> dict[str, str]:
+    """All settings by name of the variable, as they would be written in the environment."""
+    values = {**vars(config), **vars(hp)}
+    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+
+
+class CheckpointWriter:
+    """Writes the state of a run into its folder. Only rank 0 does, because all ranks hold the same.
+
+    Copying the state keeps the run waiting, which the ledger does not count as training. The file is written by a
+    thread beside the training.
+    """
+
+    def __init__(self, learner: Learner, data: Mapping[str, Any], run: Run) -> None:
+        """`data` describes the data of the run, which must be the same when it goes on."""
+        self.learner = learner
+        self.data = data
+        self.run = run
+        self.seconds_at_last = run.progress.seconds
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+
+    def is_due(self) -> bool:
+        every = self.run.hp.checkpoint_every
+        return every > 0 and self.run.progress.seconds >= self.seconds_at_last + every
+
+    def start(self) -> None:
+        """Copy the state as it is between two steps, and begin to write it."""
+        run = self.run
+        self.seconds_at_last = run.progress.seconds
+        if run.world.rank > 0:
+            return
+        run.ledger.switch("checkpoint")
+        self.finish()
+        tensors = changing_tensors(self.learner, run.progress)
+        progress = {**vars(run.progress), "average": []}
+        for name in ("recent_losses", "recent_seconds"):
+            progress[name] = list(progress[name])
+        header = {
+            "format": CHECKPOINT_FORMAT,
+            "code_sha256": hashlib.sha256(own_code()).hexdigest(),
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            "settings": settings_as_text(run.config, run.hp),
+            "given": {name: os.environ[name] for name in sorted(SETTINGS & os.environ.keys())},
+            "data": self.data,
+            "progress": progress,
+            "seconds": {phase: run.ledger.seconds(phase) for phase in {**run.ledger.spent, "checkpoint": 0.0}},
+            "tensors": table_of(tensors),
+        }
+        copies = [t.to("cpu", copy=True).numpy().astype("<f4", copy=False) for t in tensors.values()]
+        path = run.hp.run_folder / f"checkpoint_{run.progress.step:012}.ckpt"
+        self.thread = threading.Thread(target=self.write, args=(path, json.dumps(header).encode(), copies))
+        self.thread.start()
+        run.ledger.switch("train")
+
+    def write(self, path: Path, text: bytes, tensors: list[np.ndarray]) -> None:
+        crc32 = zlib.crc32(text)
+        for tensor in tensors:
+            crc32 = zlib.crc32(tensor.data, crc32)
+        prefix = CHECKPOINT_PREFIX.pack(CHECKPOINT_MAGIC, crc32, len(text))
+        try:
+            write_file(path, prefix, text, *(tensor.data for tensor in tensors))
+        except OSError as error:
+            self.error = error
+            return
+        written = sorted(path.parent.glob(CHECKPOINT_FILES))
+        remove_files(set(path.parent.glob("checkpoint_*")) - set(written[-CHECKPOINTS_KEPT:]))
+
+    def finish(self) -> None:
+        """Wait until the file that is being written is there, and say so if it cannot be."""
+        if self.thread:
+            self.thread.join()
+        self.thread = None
+        if self.error:
+            self.run.warn(f"{self.error}; the run goes on, with older checkpoints or none")
+        self.error = None
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class Checkpoint(NamedTuple):
+    """What a file keeps of a run, checked. Its tensors are still in the file."""
+
+    path: Path
+    settings: dict[str, str]  # all of them
+    given: dict[str, str]  # those that the environment or arguments gave, as they were given
+    data: dict[str, Any]
+    progress: Progress
+    seconds: dict[str, float]
+    launch: str
+    code_sha256: str
+    table: list[list[Any]]
+    tensors_begin: int
+    n_bytes: int
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read all of a checkpoint but its tensors. Raises ValueError for a file that is damaged or of another format."""
+    damaged = f"checkpoint {path} is damaged"
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} is no regular file: name one that a run wrote")
+    with path.open("rb") as file:
+        prefix = file.read(CHECKPOINT_PREFIX.size)
+        if len(prefix) < CHECKPOINT_PREFIX.size or not prefix.startswith(CHECKPOINT_MAGIC):
+            raise ValueError(f"{path} is no checkpoint of train_gpt.py: it does not start with {CHECKPOINT_MAGIC!r}")
+        _, crc32, text_bytes = CHECKPOINT_PREFIX.unpack(prefix)
+        if text_bytes > MAX_CHECKPOINT_JSON_BYTES:
+            raise ValueError(f"{damaged} (JSON of {text_bytes} bytes): take an older one")
+        text = file.read(text_bytes)
+        found_crc32 = zlib.crc32(text)
+        while piece := file.read(2**20):
+            found_crc32 = zlib.crc32(piece, found_crc32)
+        n_bytes = file.tell()
+    if found_crc32 != crc32:
+        raise ValueError(f"{damaged} (checksum): take an older one")
+
+    try:
+        header = json.loads(text)
+        if header["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {header['format']!r:.100}, not {CHECKPOINT_FORMAT}")
+        progress = progress_from_json(header["progress"])
+        seconds = {str(phase): require_seconds(spent) for phase, spent in header["seconds"].items()}
+        settings = dict(header["settings"])
+        given = dict(header["given"])
+        if settings.keys() != SETTINGS or not given.keys() <= SETTINGS:
+            raise ValueError("it has not the settings of this script")
+        if not all(type(text) is str and "\0" not in text for text in given.values()):
+            raise ValueError("it has settings that no environment holds")
+        checkpoint = Checkpoint(
+            path=path,
+            settings=settings,
+            given=given,
+            data=dict(header["data"]),
+            progress=progress,
+            seconds=seconds,
+            launch=str(header["launch"]),
+            code_sha256=str(header["code_sha256"]),
+            table=list(header["tensors"]),
+            tensors_begin=len(prefix) + len(text),
+            n_bytes=n_bytes,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"checkpoint {path} was not written by this version of the script ({error!s:.300}): use the one that did"
+        ) from None
+    return checkpoint
+
+
+def require_seconds(x: Any) -> float:
+    """A number that may be seconds, nats or bits. Raises ValueError for anything else, NaN included."""
+    if type(x) not in (int, float) or not 0 <= x < 1e15:
+        raise ValueError(f"{x!r:.100} is no number from 0 to 1e15")
+    return float(x)
+
+
+def progress_from_json(found: Mapping[str, Any]) -> Progress:
+    """Raises ValueError, or one of the errors that read_checkpoint catches, if it is none that a run has."""
+    values = dict[str, Any]()
+    for field in dataclasses.fields(Progress):
+        value = found[field.name]
+        if field.name == "average":
+            values[field.name] = []
+        elif field.name in ("recent_losses", "recent_seconds"):
+            values[field.name] = deque(map(require_seconds, value), maxlen=10)
+        elif field.name in ("step", "resumes"):
+            values[field.name] = int(require_seconds(value))
+        else:
+            values[field.name] = require_seconds(value)
+    progress = Progress(**values)
+    if progress.step < 1 or not progress.recent_seconds:
+        raise ValueError("it keeps no step")
+    return progress
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a run that can be read. Passes over damaged ones, with a word."""
+    for path in sorted(folder.glob(CHECKPOINT_FILES), reverse=True):
+        try:
+            return read_checkpoint(path)
+        except (ValueError, OSError) as error:
+            show(f"warning: passed over: {error}", sys.stderr)
+    return None
+
+
+def find_checkpoint(env: Mapping[str, str]) -> Checkpoint | None:
+    """The checkpoint to go on from: what RESUME names, or what torchrun's last attempt at this run left.
+
+    Raises ValueError if RESUME names none, or if it leaves open which run is meant.
+    """
+    # The other settings may make no sense before those of the checkpoint are added.
+    resume = env.get("RESUME", "")
+    run_id = env.get("RUN_ID", "")
+    out_dir = Path(env.get("OUT_DIR", Hyperparameters.out_dir))
+    is_new_attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not resume and not is_new_attempt:
+        return None
+
+    place = Path(resume)
+    if resume not in ("", "1"):
+        if place.is_file() and not is_new_attempt:
+            return read_checkpoint(place)
+        folders = [place.parent if place.is_file() else place]
+    elif run_id:
+        folders = [out_dir / run_id]
+    else:
+        folders = sorted({path.parent for path in out_dir.glob(f"*/{CHECKPOINT_FILES}")})
+
+    found = [checkpoint for folder in folders if (checkpoint := newest_checkpoint(folder))]
+    if not resume:
+        launch = env.get("TORCHELASTIC_RUN_ID", "")
+        found = [checkpoint for checkpoint in found if checkpoint.launch == launch]
+    if len(found) > 1:
+        names = ", ".join(str(checkpoint.path.parent) for checkpoint in found)
+        raise ValueError(f"RESUME=1 may mean {names}: name the one with RESUME")
+    if not found and resume:
+        where = " ".join(map(str, folders)) or str(out_dir)
+        raise ValueError(f"RESUME={resume}, but {where} holds no checkpoint to go on from: unset it to start anew")
+    return found[0] if found else None
+
+
+def settings_to_go_on(checkpoint: Checkpoint, env: Mapping[str, str]) -> dict[str, str]:
+    """The settings of a checkpoint's run that `env` leaves open. It goes on in the folder that the checkpoint is in.
+
+    Raises ValueError for another preset, whose settings would be told apart one by one later on.
+    """
+    preset = checkpoint.settings["PRESET"]
+    if env.get("PRESET", preset) != preset:
+        raise ValueError(f"PRESET={env['PRESET']}, but RESUME={checkpoint.path} is of PRESET={preset}: unset PRESET")
+    folder = checkpoint.path.parent.absolute()
+    known = {**checkpoint.given, "RUN_ID": folder.name, "OUT_DIR": os.path.relpath(folder.parent)}
+    left_open = {name: text for name, text in known.items() if name not in env}
+    return {**left_open, "RESUME": str(checkpoint.path)}
+
+
+def require_same_run(checkpoint: Checkpoint, data: Mapping[str, Any], config: GPTConfig, hp: Hyperparameters) -> None:
+    """Raise ValueError, naming the difference, unless these settings and data are those of the checkpoint."""
+    path = checkpoint.path
+    here = settings_as_text(config, hp)
+    differences = []
+    for name, value in checkpoint.settings.items():
+        if name not in MAY_CHANGE and here[name] != value:
+            differences.append(f"{name}={here[name]} instead of {value!s:.100}")
+    if differences:
+        raise ValueError(
+            f"RESUME={path} was written with other settings. Unset these, or train anew: {', '.join(differences):.600}"
+        )
+    for name, value in data.items():
+        if checkpoint.data.get(name) != value:
+            raise ValueError(
+                f"DATA_PATH={hp.data_path} is not the data of RESUME={path}, {name} differs: name that data"
+            )
+    if checkpoint.progress.step > hp.iterations:
+        raise ValueError(f"RESUME={path} is at step {checkpoint.progress.step} of {hp.iterations}: train anew")
+    if path.parent.resolve() != hp.run_folder.resolve():
+        raise ValueError(f"RESUME={path} goes on in its own folder, not in {hp.run_folder}: unset OUT_DIR and RUN_ID")
+
+    # Weights and at least as much for the optimizers. So no small file makes us allocate a large model.
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in GPT(config).parameters())
+    if checkpoint.n_bytes < 8 * n_parameters:
+        raise ValueError(f"RESUME={path} has {checkpoint.n_bytes} bytes, too few for {n_parameters} parameters")
+
+
+def restore(checkpoint: Checkpoint, learner: Learner, loader: Loader, run: Run) -> None:
+    """Put everything that steps change to where it was. Raises ValueError if the tensors are those of another model."""
+    progress = run.progress
+    kept = {**vars(checkpoint.progress), "average": progress.average, "resumes": checkpoint.progress.resumes + 1}
+    for name, value in kept.items():
+        setattr(progress, name, value)
+    for phase, spent in checkpoint.seconds.items():
+        run.ledger.spent[phase] = run.ledger.spent.get(phase, 0.0) + spent
+
+    # A step on one micro-batch makes the optimizers' tensors, which those of the file then replace.
+    train_step(learner, loader.batch(0)[:1], 1.0, 0.0, run)
+    tensors = changing_tensors(learner, progress)
+    n_bytes = checkpoint.tensors_begin + 4 * sum(t.numel() for t in tensors.values())
+    if checkpoint.table != table_of(tensors) or checkpoint.n_bytes != n_bytes:
+        raise ValueError(f"RESUME={checkpoint.path} holds other tensors than this model has: train anew")
+    with checkpoint.path.open("rb") as file:
+        file.seek(checkpoint.tensors_begin)
+        for t in tensors.values():
+            values = np.fromfile(file, "<f4", t.numel()).astype(np.float32, copy=False)
+            t.copy_(torch.from_numpy(values).view(t.shape))
+
+
+def require_equal_weights(weights: Sequence[Tensor], run: Run) -> None:
+    """Raise ValueError if a rank holds other weights than rank 0."""
+    world = run.world
+    if world.size == 1:
+        return
+    crc32 = 0
+    for w in weights:
+        crc32 = zlib.crc32(w.cpu().numpy().data, crc32)
+    differs = float(crc32 != world.agree(crc32))
+    by_rank = world.sum_numbers(*(differs * (rank == world.rank) for rank in range(world.size)))
+    if any(by_rank):
+        ranks = ", ".join(str(rank) for rank, differs in enumerate(by_rank) if differs)
+        raise ValueError(
+            f"after step {run.progress.step} the weights of rank {ranks} are not those of rank 0, so a device or its "
+            "memory is faulty: replace it, and go on from a checkpoint before that"
+        )
+
+
+# -- The loop --------------------------------------------------------------------------------------------------------
+
+
 def train(
-    learner: Learner, loader: Loader, validate: Callable[[bool], Score], run: Run, advance: Advance = no_progress
+    learner: Learner,
+    loader: Loader,
+    validate: Callable[[bool], Score],
+    run: Run,
+    checkpoints: CheckpointWriter,
+    advance: Advance = no_progress,
 ) -> dict[str, Any]:
     """Run to ITERATIONS or the time limit, whichever comes first, then average and validate. -> results by log key
 
-    Raises FloatingPointError for a loss that is not finite.
+    Raises FloatingPointError for a loss or a gradient that is not finite, and KeyboardInterrupt, once its state is
+    kept, if a signal ends the run.
     """
     hp = run.hp
+    progress = run.progress
+    signals = run.signals
     weights = [p.detach() for p in learner.model.parameters()]
-    progress = Progress(average=[w.clone() for w in weights] if hp.ema_decay else [])
-    results = dict[str, Any]()
-    bpb_of_loss = 0.0  # as many bits per byte of the validation text as a loss of 1; known after a validation
     looping = True  # a run that loops from its first step on has nothing to announce
-    batch = loader.batch(0)
+    batch = loader.batch(progress.step)
     run.ledger.switch("train")
 
     while True:
@@ -2209,16 +2687,24 @@ def train(
             run.log0(f"layer_loop:enabled {progress.position(hp)} order:[{order}]")
 
         if finished:
-            advance(1.0, progress.words(bpb_of_loss, hp))
+            advance(1.0, progress.words(hp))
+            # What follows may take minutes and fail. From here the run can do it again.
+            if progress.step and (hp.checkpoint_every or signals.stop):
+                checkpoints.start()
+            signals.deferred = False
+            if signals.stop:
+                checkpoints.finish()
+                raise KeyboardInterrupt
             if progress.average:
                 torch._foreach_copy_(weights, progress.average)
         if finished or (hp.val_loss_every and progress.step % hp.val_loss_every == 0):
             run.ledger.switch("validate")
+            require_equal_weights(weights, run)
             score = validate(looping)
             run.log0(f"{progress.position(hp)} {score.line(4)} {progress.timing()}")
-            bpb_of_loss = score.val_bpb / max(score.val_loss, 1e-9)
+            progress.bpb_of_loss = score.val_bpb / max(score.val_loss, 1e-9)
             if progress.step == 0:
-                results["untrained_val_bpb"] = score.val_bpb
+                progress.untrained_val_bpb = score.val_bpb
                 advance(0.0, "")
             elif not finished:
                 run.screen.tell(f"step {progress.step}: {score.val_bpb:.4f} bits per byte of the validation text")
@@ -2227,38 +2713,68 @@ def train(
             break
 
         scale = lr_scale(progress.step, progress.seconds, hp)
-        loss = train_step(learner, batch, scale, muon_momentum(progress.step, hp), run, looping)
+        step = train_step(learner, batch, scale, muon_momentum(progress.step, hp), run, looping)
         if progress.average:
             update_average(progress.average, weights, progress.step + 1, hp.ema_decay)
-        # The next batch is prepared while a GPU is busy with the step. float(loss) then waits for it.
+        # The next batch is prepared while a GPU is busy with the step. tolist() then waits for it.
         batch = loader.batch(progress.step + 1)
-        train_loss = float(loss)
-
-        if not math.isfinite(train_loss):
-            message = (
-                f"train_loss is {train_loss} at step {progress.step + 1} (last good {progress.train_loss:.4f}): "
-                f"lower the learning rates (MATRIX_LR={hp.matrix_lr} ...) or set GRAD_CLIP_NORM=1"
-            )
-            raise FloatingPointError(message)
+        train_loss, gradient_norm = torch.stack(step).tolist()
+        require_finite(train_loss, gradient_norm, run)
+        if progress.is_spike(train_loss):
+            run.warn(f"train_loss jumped from {progress.train_loss:.4f} to {train_loss:.4f} at {progress.position(hp)}")
 
         # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
-        progress.finish_step(train_loss, run.world.agree(run.ledger.seconds("train")))
+        # They also hear here of a signal that only one of them got.
+        own_seconds = run.ledger.seconds("train") if run.world.rank == 0 else 0.0
+        seconds, n_stops, n_keeps = run.world.sum_numbers(own_seconds, signals.stop > 0, signals.keep)
+        progress.finish_step(train_loss, seconds)
         if progress.step <= 10 or progress.step % hp.train_log_every == 0:
             run.log0(f"{progress.position(hp)} train_loss:{train_loss:.4f} {progress.timing()}")
-        advance(part_done(progress.step, progress.seconds, hp), progress.words(bpb_of_loss, hp))
+        advance(part_done(progress.step, progress.seconds, hp), progress.words(hp))
         epoch = loader.epoch(progress.step)
         if epoch > loader.epoch(progress.step - 1):
             run.log0(f"epoch:{epoch + 1} starts at step:{progress.step}: the train split has been read to its end")
 
+        # Before the first step there was nothing to keep, and a signal ended the run at once.
+        signals.deferred = True
+        if n_stops or n_keeps or checkpoints.is_due():
+            checkpoints.start()
+            signals.keep = False
+        if n_stops:
+            checkpoints.finish()
+            raise KeyboardInterrupt
+
     if out_of_time:
         run.log0(f"stopping_early: wallclock_cap train_time:{1000 * progress.seconds:.0f}ms {progress.position(hp)}")
+    checkpoints.finish()
+    return results_of_training(progress, score, hp)
+
+
+def require_finite(train_loss: float, gradient_norm: float, run: Run) -> None:
+    """Raise FloatingPointError for a step whose loss or gradient is not finite: the weights it made are useless."""
+    for name, value in (("train_loss", train_loss), ("the length of the gradient", gradient_norm)):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {run.progress.step + 1} (last good train_loss "
+                f"{run.progress.train_loss:.4f}): lower the learning rates (MATRIX_LR={run.hp.matrix_lr} ...) or set "
+                "GRAD_CLIP_NORM=1"
+            )
+
+
+def results_of_training(progress: Progress, score: Score, hp: Hyperparameters) -> dict[str, Any]:
+    """Results by log key. `score` is that of the last validation."""
+    results: dict[str, Any] = {
+        "steps": progress.step,
+        "resumes": progress.resumes,
+        "pre_quant_val_loss": score.val_loss,
+        "pre_quant_val_bpb": score.val_bpb,
+    }
+    if progress.untrained_val_bpb:
+        results["untrained_val_bpb"] = progress.untrained_val_bpb
     if progress.step:
         results["train_loss"] = progress.train_loss
         results["train_seconds"] = progress.seconds
         results["tokens_per_second"] = progress.tokens_per_second(hp)
-    results["steps"] = progress.step
-    results["pre_quant_val_loss"] = score.val_loss
-    results["pre_quant_val_bpb"] = score.val_bpb
     return results
 
 
@@ -3532,6 +4048,12 @@ class Data(NamedTuple):
     train: Loader | None  # None if an artifact is only scored
     val: ValSplit
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        n_train_tokens = len(self.train.stream) if self.train else 0
+        return {"train_tokens": n_train_tokens, "val_shards_sha256": self.val.identity["val_shards_sha256"]}
+
 
 def open_data(config: GPTConfig, hp: Hyperparameters, world: World) -> Data:
     """Open the shards. Raises ValueError or FileNotFoundError for what is missing or does not fit together."""
@@ -3588,8 +4110,8 @@ def require_fast_device(n_parameters: int, run: Run) -> None:
     run.warn(advice)
 
 
-def train_and_store(run: Run, data: Data) -> dict[str, Any]:
-    """Train a model and write its artifact into the run's folder. -> results by log key"""
+def train_and_store(run: Run, data: Data, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """Train a model, from a checkpoint on if there is one, and write its artifact. -> results by log key"""
     config = run.config
     hp = run.hp
     world = run.world
@@ -3605,6 +4127,8 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
     require_fast_device(n_parameters, run)
     init_weights(model, hp)
     model.to(world.device)
+    if hp.ema_decay:
+        run.progress.average = [p.detach().clone() for p in model.parameters()]
     loss_fn = functools.partial(model.loss, compiled=run.compiled)
     learner = Learner(model, loss_fn, build_optimizers(model, hp, world))
 
@@ -3624,6 +4148,11 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
     if run.compiled:
         run.screen.tell("The model is compiled first, which takes up to two minutes on a CPU and one on a GPU.")
         prime(learner, loader, run)
+    if checkpoint:
+        restore(checkpoint, learner, loader, run)
+        position = run.progress.position(hp)
+        run.log0(f"resumed:{position} {run.progress.timing()} checkpoint:{checkpoint.path}")
+        run.screen.tell(f"Going on at {position} from {checkpoint.path}")
 
     def validate(looping: bool) -> Score:
         def logits_fn(ids: Tensor) -> Tensor:
@@ -3633,7 +4162,8 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
             return evaluate(logits_fn, data.val, config, hp.val_batch_size, world, advance)
 
     with run.screen.bar("training") as advance:
-        results = train(learner, loader, validate, run, advance)
+        checkpoints = CheckpointWriter(learner, data.identity, run)
+        results = train(learner, loader, validate, run, checkpoints, advance)
 
     # What follows takes minutes, and may fail. Until it is done, the weights are kept as they are.
     run.ledger.switch("serialize")
@@ -3646,7 +4176,7 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
 
     packed = compress(model, loader, results["steps"], run)
     if world.rank == 0:
-        path = write_somewhere(hp.run_folder / ARTIFACT_NAMES[hp.codec], packed, hp)
+        path = write_somewhere(hp.run_folder / ARTIFACT_NAMES[hp.codec], hp, packed)
         results["artifact_path"] = str(path)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
         if path != as_trained:
@@ -3768,8 +4298,6 @@ def conclude(run: Run, results: Mapping[str, Any]) -> None:
 
 # Of these one line says what is wrong and what to do. Anything else ends with a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
-# The exit status of a program that Ctrl-C has ended.
-INTERRUPTED = 130
 
 
 def main() -> int:
@@ -3779,50 +4307,78 @@ def main() -> int:
         return 0
     own_code()
     os.environ.update(read_arguments(sys.argv[1:]))
+    checkpoint = find_checkpoint(os.environ)
+    if checkpoint:
+        os.environ.update(settings_to_go_on(checkpoint, os.environ))
     os.environ.update(settings_from_files(os.environ))
     world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
     hp = dataclasses.replace(hp, run_id=world.agree_on_text(hp.run_id))
     data = open_data(config, hp, world)
+    if checkpoint:
+        require_same_run(checkpoint, data.identity, config, hp)
     screen = Screen(world.rank == 0 and sys.stdout is not None and sys.stdout.isatty())
-    log0 = RunLog(hp.run_folder, world, screen)
+    log0 = RunLog(hp.run_folder, world, screen, goes_on=checkpoint is not None)
     run = Run(config, hp, world, ledger, log0, screen)
+    run.signals.catch()
 
     try:
-        results = train_and_score(run, data)
+        results = train_and_score(run, data, checkpoint)
         if world.rank == 0:
             write_results(results, hp)
         log0.close()
         conclude(run, results)
     except KeyboardInterrupt:
-        line = what_is_left(hp)
+        line = what_is_left(run)
         log0.to_file(line)
         if world.rank == 0:
             show(line, sys.stderr)
-        return INTERRUPTED
+        return 128 + (run.signals.stop or signal.SIGINT)
     except BaseException as error:
-        is_expected = isinstance(error, EXPECTED_ERRORS)
-        log0.to_file(f"error: {error}" if is_expected else traceback.format_exc())
-        raise
+        blamed = blame_dead_ranks(error, run)
+        is_expected = isinstance(blamed, EXPECTED_ERRORS)
+        log0.to_file(f"error: {blamed}" if is_expected else traceback.format_exc())
+        if blamed is error:
+            raise
+        raise blamed from None
     if world.size > 1:
         dist.destroy_process_group()
     return 0 if results["bytes_total"] <= hp.max_total_bytes else 3
 
 
-def what_is_left(hp: Hyperparameters) -> str:
-    """What a run that was interrupted leaves, in a line."""
-    for name in (ARTIFACT_NAMES[hp.codec], ARTIFACT_NAMES["float32"]):
-        path = hp.run_folder / name
-        if path.exists():
-            return f"interrupted: the trained model is {path}, --eval_artifact={path} scores it"
+def what_is_left(run: Run) -> str:
+    """What a run that a signal has ended leaves, and how to go on with it, in a line."""
+    hp = run.hp
+    artifact = hp.run_folder / ARTIFACT_NAMES[hp.codec]
+    as_trained = hp.run_folder / ARTIFACT_NAMES["float32"]
+    checkpoints = sorted(hp.run_folder.glob(CHECKPOINT_FILES))
+    command = f"python {sys.argv[0]}" if run.world.size == 1 else f"torchrun --nproc_per_node=N {sys.argv[0]}"
+    if artifact.exists():
+        return f"interrupted: the trained model is {artifact}, {command} --eval_artifact={artifact} scores it"
+    if checkpoints:
+        return f"interrupted: the state is kept in {checkpoints[-1]}, {command} --resume={hp.run_folder} goes on"
+    if as_trained.exists():
+        return f"interrupted: the trained model is {as_trained}, {command} --eval_artifact={as_trained} scores it"
     return f"interrupted: the log is {hp.run_folder / 'log.txt'}, no model was stored"
+
+
+def blame_dead_ranks(error: BaseException, run: Run) -> BaseException:
+    """The error itself, or if it came from the death of another rank, one that says so."""
+    if run.world.size == 1 or not isinstance(error, RuntimeError):
+        return error
+    dead = run.world.dead_ranks()
+    if not dead:
+        return error
+    ranks = ", ".join(map(str, dead))
+    left = what_is_left(run).partition(": ")[2]
+    return ConnectionError(f"rank {ranks} has died, the last step was {run.progress.position(run.hp)}: {left}")
 
 
 def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
     """Write the JSON of a run. Raises OSError if a full disk made a file of the run lie elsewhere, and says where."""
     path = hp.run_folder / "run.json"
-    written = write_somewhere(path, json.dumps(results, indent=1, allow_nan=False).encode(), hp)
+    written = write_somewhere(path, hp, json.dumps(results, indent=1, allow_nan=False).encode())
 
     misplaced = []
     if written != path:
@@ -3831,11 +4387,12 @@ def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:
         raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
+    remove_files(hp.run_folder.glob("checkpoint_*"))
     if not hp.eval_artifact and not point_to_latest(hp.run_folder):
         show(f"note: {hp.run_folder.with_name(LATEST)} does not lead to this run, links do not work there", sys.stderr)
 
 
-def train_and_score(run: Run, data: Data) -> dict[str, Any]:
+def train_and_score(run: Run, data: Data, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Train, or take EVAL_ARTIFACT, and score. Logs it all. -> results by log key"""
     config = run.config
     hp = run.hp
@@ -3878,7 +4435,7 @@ def train_and_score(run: Run, data: Data) -> dict[str, Any]:
     if hp.eval_artifact:
         path = Path(hp.eval_artifact)
     else:
-        results |= train_and_store(run, data)
+        results |= train_and_store(run, data, checkpoint)
         path = Path(results["artifact_path"])
 
     ledger.switch("load")
@@ -3907,6 +4464,8 @@ if __name__ == "__main__":
         status = main()
     except EXPECTED_ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     if "RANK" in os.environ:
         os._exit(status)  # skips the interpreter's shutdown, in which a thread of gloo now and then aborts
     sys.exit(status)

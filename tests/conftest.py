@@ -297,7 +297,7 @@ import numpy, sentencepiece, torch, torch.distributed, torch._dynamo
 
 def start(job, rank):
     for descriptor, name in ((0, os.devnull), (1, rank["out"]), (2, rank["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(rank["env"])

@@ -131,7 +131,7 @@ def train_losses(device: torch.device, shards: Path, compiled: bool, steps: int 
     loss_fn = functools.partial(model.loss, compiled=compiled)
     learner = tg.Learner(model, loss_fn, tg.build_optimizers(model, hp, world))
     loader = tg.Loader(tg.TokenStream(str(shards), "fineweb_train_*.bin"), hp, config.vocab_size, world)
-    return [tg.train_step(learner, loader.batch(i), 1.0, 0.95, run).item() for i in range(steps)]
+    return [float(tg.train_step(learner, loader.batch(i), 1.0, 0.95, run).train_loss) for i in range(steps)]
 
 
 def test_losses_of_20_steps_are_those_of_a_cpu(shards):

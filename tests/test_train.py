@@ -190,7 +190,7 @@ def test_reading_the_clock_does_not_wait_for_a_gpu_but_a_new_phase_does(monkeypa
 
 
 def progress_after(step_seconds: list[float]) -> tg.Progress:
-    progress = tg.Progress(average=[])
+    progress = tg.Progress()
     for seconds in step_seconds:
         progress.finish_step(train_loss=1.0, seconds=progress.seconds + seconds)
     return progress
@@ -303,7 +303,7 @@ def train_by_clock(monkeypatch) -> Callable[..., TrainedByClock]:
         monkeypatch.setattr(tg.time, "perf_counter", lambda: seen.now)
         learner = setup.learner._replace(loss_fn=loss_fn, optimizers=[Observer(look)])
         run = dataclasses.replace(setup.run, ledger=tg.Ledger(CPU))
-        seen.results = tg.train(learner, setup.loader, validate, run)
+        seen.results = tg.train(learner, setup.loader, validate, run, tg.CheckpointWriter(learner, {}, run))
         seen.results["seconds_validate"] = run.ledger.spent["validate"]
         return seen
 
@@ -383,7 +383,8 @@ def test_stored_model_is_the_average_of_the_weights(monkeypatch, make_setup, dat
         return [*build_optimizers(model, hp, world), observer]
 
     monkeypatch.setattr(tg, "build_optimizers", build_with_observer)
-    split = tg.ValSplit(data.val[:200], data.val_bytes[:200], {"partial": False})
+    identity = {"partial": False, "val_shards_sha256": "unknown"}
+    split = tg.ValSplit(data.val[:200], data.val_bytes[:200], identity)
     run = dataclasses.replace(setup.run, hp=dataclasses.replace(setup.run.hp, out_dir=str(tmp_path), run_id="r"))
     (tmp_path / "r").mkdir()
     results = tg.train_and_store(run, tg.Data(setup.loader, split))
@@ -410,7 +411,8 @@ def test_run_without_an_average_ends_with_the_last_weights_and_trains_the_same(m
         history: list[dict[str, Tensor]] = []
         observer = Observer(lambda lr, momentum, h=history, m=model: h.append(copy_of(m)))
         learner = setup.learner._replace(optimizers=[*setup.learner.optimizers, observer])
-        tg.train(learner, setup.loader, lambda looping: tg.Score(1.0, 1, 1), setup.run)
+        writer = tg.CheckpointWriter(learner, {}, setup.run)
+        tg.train(learner, setup.loader, lambda looping: tg.Score(1.0, 1, 1), setup.run, writer)
         histories.append(history)
         assert is_equal(copy_of(model), history[-1]) is (decay == 0.0)
     for plain, averaged in zip(*histories, strict=True):
@@ -418,7 +420,7 @@ def test_run_without_an_average_ends_with_the_last_weights_and_trains_the_same(m
 
 
 def train_step(setup: Setup, step: int, scale: float = 1.0) -> float:
-    return float(tg.train_step(setup.learner, setup.loader.batch(step), scale, 0.95, setup.run))
+    return float(tg.train_step(setup.learner, setup.loader.batch(step), scale, 0.95, setup.run).train_loss)
 
 
 def losses(setup: Setup, n_steps: int) -> list[float]:
@@ -1012,7 +1014,7 @@ def test_artifact_that_a_full_disk_does_not_take_is_kept_elsewhere(run_script, f
 
 def test_results_that_a_full_disk_does_not_take_are_kept_elsewhere(full_disk, hp):
     hp = dataclasses.replace(hp, run_id="r1", out_dir=str(full_disk))
-    kept = tg.write_somewhere(full_disk / "run.json", bytes(2**16), hp)
+    kept = tg.write_somewhere(full_disk / "run.json", hp, bytes(2**16))
     assert (kept.name, kept.parent != full_disk) == ("r1.run.json", True)
     assert kept.read_bytes() == bytes(2**16)
     kept.unlink()

@@ -694,10 +694,20 @@ def open_dispute(submission: Submission, reviews: Sequence[Review], seed: str = 
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Settings that may differ between the runs of one record.
-PER_RUN = {"seed", "run_id", "out_dir", "artifact_dir", "eval_artifact", "data_path", "tokenizer_path"}
+PER_RUN = {
+    "seed",
+    "run_id",
+    "out_dir",
+    "artifact_dir",
+    "eval_artifact",
+    "data_path",
+    "tokenizer_path",
+    "checkpoint_every",
+    "resume",
+}
 
 # Phases of a run that do not count against the limit of the training time. All others do, whatever their name.
-FREE_PHASES = {"startup", "compile", "validate", "quantize", "serialize", "load", "evaluate", "report"}
+FREE_PHASES = {"startup", "compile", "validate", "checkpoint", "quantize", "serialize", "load", "evaluate", "report"}
 
 # Keys that submission.json takes from the JSON of the first run.
 COPIED_TO_SUBMISSION = (
@@ -894,6 +904,7 @@ def require_equal(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> Non
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(?![\w.])"
 STEP_LINE = re.compile(rf"(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
+RESUMED_LINE = re.compile(r"resumed:step:(\d+)/")
 TRAIN_TIME = re.compile(r"train_time: ?(\d+(?:\.\d+)?) ?(ms|m|s)?")
 SECONDS_PER_UNIT = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0}
 SCORE_LINE = re.compile(rf"([A-Za-z]\w*) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(.*)")
@@ -959,6 +970,12 @@ def parse_log(text: str) -> RunLog:
             curve = log.train_curve if step[2] == "train" else log.val_curve
             curve.append(CurvePoint(int(step[1]), seconds, float(step[3])))
             continue
+
+        # What a run did after the checkpoint that it went on from, it did again.
+        resumed = RESUMED_LINE.match(line)
+        if resumed:
+            for curve in (log.train_curve, log.val_curve):
+                curve[:] = [point for point in curve if point.step <= int(resumed[1])]
 
         # A score of a part of the split is not a result.
         score = SCORE_LINE.match(line)

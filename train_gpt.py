@@ -806,7 +806,7 @@ class RunLog:
     """The only place that writes lines of the log: to its file, then to the screen, unless a person looks at that.
 
     Ranks other than 0 write nothing. Neither file nor screen can end the run. A file that cannot be written, because
-    the disk is full, is tried again with every further line.
+    the disk is full, is tried again with every further line. One that somebody removes comes back, whole.
     """
 
     def __init__(self, folder: Path, world: World, screen: Screen) -> None:
@@ -834,7 +834,7 @@ class RunLog:
                 f"OUT_DIR={folder.parent} cannot hold a folder RUN_ID={folder.name} ({error.strerror}): name others"
             ) from None
         try:
-            self.file = self.path.open("xb", buffering=0)
+            self.file = self.path.open("x+b", buffering=0)
         except OSError as error:
             folder.rmdir()
             raise ValueError(
@@ -851,6 +851,7 @@ class RunLog:
             return
         self.unwritten += f"{line}\n".encode(errors="backslashreplace")
         try:
+            self.come_back()
             while self.unwritten:
                 n_written = self.file.write(self.unwritten)
                 self.unwritten = self.unwritten[n_written:]
@@ -858,6 +859,24 @@ class RunLog:
             if not self.has_warned:
                 show(f"warning: log {self.path} cannot be written ({error.strerror}): make room there", sys.stderr)
             self.has_warned = True
+
+    def come_back(self) -> None:
+        """If the file was removed, or another has its name, begin it again with all that it held. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+                return
+            # What somebody else has written is not ours to delete.
+            self.path.replace(self.path.with_name("log.other.txt"))
+
+        # The open file holds its lines even without a name.
+        self.file.seek(0)
+        written = self.file.readall()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new_file = self.path.open("x+b", buffering=0)
+        self.file.close()
+        self.file = new_file
+        self.unwritten = written + self.unwritten
+        show(f"warning: log {self.path} was removed or replaced: it is written again, leave it there", sys.stderr)
 
     def close(self) -> None:
         """Raises OSError if the end of the log could not be written."""

@@ -857,7 +857,10 @@ class RunLog:
                 self.unwritten = self.unwritten[n_written:]
         except OSError as error:
             if not self.has_warned:
-                show(f"warning: log {self.path} cannot be written ({error.strerror}): make room there", sys.stderr)
+                show(
+                    f"warning: log {self.path} cannot be written ({error.strerror}): make room, or make it writable",
+                    sys.stderr,
+                )
             self.has_warned = True
 
     def come_back(self) -> None:
@@ -3732,7 +3735,9 @@ def train_and_store(run: Run, data: Data) -> dict[str, Any]:
         results["artifact_path"] = str(path)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
         if path != as_trained:
-            as_trained.unlink(missing_ok=True)
+            # A disk that has become read-only keeps it.
+            with contextlib.suppress(OSError):
+                as_trained.unlink()
     # The other ranks wait for the file, and look for it where it is.
     results["artifact_path"] = world.agree_on_text(results.get("artifact_path", ""))
     return {**results, **sizes, "train_dataset": dataset, "train_tokens": n_train_tokens}
@@ -3912,7 +3917,9 @@ def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
     if not hp.eval_artifact and Path(results["artifact_path"]).parent != hp.run_folder:
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:
-        raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
+        raise OSError(
+            f"{hp.run_folder} is full or read-only: {' and '.join(misplaced)}. The run is complete, move them"
+        )
     if not hp.eval_artifact and not point_to_latest(hp.run_folder):
         show(f"note: {hp.run_folder.with_name(LATEST)} does not lead to this run, links do not work there", sys.stderr)
 

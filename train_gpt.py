@@ -53,6 +53,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -889,7 +890,7 @@ class RunLog:
     """The only place that writes lines of the log: to its file, then to the screen, unless a person looks at that.
 
     Ranks other than 0 write nothing. Neither file nor screen can end the run. A file that cannot be written, because
-    the disk is full, is tried again with every further line.
+    the disk is full, is tried again with every further line. One that somebody removes comes back, whole.
     """
 
     def __init__(self, folder: Path, world: World, screen: Screen, goes_on: bool = False) -> None:
@@ -920,7 +921,7 @@ class RunLog:
                 f"OUT_DIR={folder.parent} cannot hold a folder RUN_ID={folder.name} ({error.strerror}): name others"
             ) from None
         try:
-            self.file = self.path.open("ab" if goes_on else "xb", buffering=0)
+            self.file = self.path.open("a+b" if goes_on else "x+b", buffering=0)
         except OSError as error:
             if not goes_on:
                 folder.rmdir()
@@ -938,13 +939,35 @@ class RunLog:
             return
         self.unwritten += f"{line}\n".encode(errors="backslashreplace")
         try:
+            self.come_back()
             while self.unwritten:
                 n_written = self.file.write(self.unwritten)
                 self.unwritten = self.unwritten[n_written:]
         except OSError as error:
             if not self.has_warned:
-                show(f"warning: log {self.path} cannot be written ({error.strerror}): make room there", sys.stderr)
+                show(
+                    f"warning: log {self.path} cannot be written ({error.strerror}): make room, or make it writable",
+                    sys.stderr,
+                )
             self.has_warned = True
+
+    def come_back(self) -> None:
+        """If the file was removed, or another has its name, begin it again with all that it held. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+                return
+            # What somebody else has written is not ours to delete.
+            self.path.replace(self.path.with_name("log.other.txt"))
+
+        # The open file holds its lines even without a name.
+        self.file.seek(0)
+        written = self.file.readall()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new_file = self.path.open("x+b", buffering=0)
+        self.file.close()
+        self.file = new_file
+        self.unwritten = written + self.unwritten
+        show(f"warning: log {self.path} was removed or replaced: it is written again, leave it there", sys.stderr)
 
     def close(self) -> None:
         """Raises OSError if the end of the log could not be written."""
@@ -1611,6 +1634,11 @@ def build_optimizers(model: GPT, hp: Hyperparameters, world: World) -> list[torc
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+# Systems limit the open files of a process, macOS to 256. Of more shards than this, the rest is opened to be read.
+MAX_OPEN_SHARDS = 128
+# Windows would change the bytes without its O_BINARY, which other systems do not have.
+READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 HOW_TO_GET_DATA = (
     "`python data/build_shards.py` makes the data of PRESET=smoke, or with --input shards of your own text; "
@@ -1620,29 +1648,80 @@ HOW_TO_GET_DATA = (
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one .bin shard, memory-mapped. -> (N,) uint16, or a ValueError that names the file
+class Shard:
+    """One .bin shard of a split, whose tokens are read from the file whenever they are asked for.
 
     llm.c layout: 256 little-endian int32 (magic, version, N, zeros), then N little-endian uint16. data/shards.py has
     a reader of its own, because the data tools do without torch; tests/test_shards.py holds the two together.
-    """
-    remedy = "build it again with data/build_shards.py"
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file: {remedy}")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if header.size < HEADER_INTS or header[0] != SHARD_MAGIC:
-        raise ValueError(f"{path} is not a token shard (its first bytes are not magic {SHARD_MAGIC}): {remedy}")
-    if header[1] != SHARD_VERSION:
-        raise ValueError(f"{path} has shard version {header[1]}, not {SHARD_VERSION}: {remedy}")
 
-    declared = int(header[2])
-    stored = (path.stat().st_size - 4 * HEADER_INTS) / 2
-    if stored != declared:
-        state = "truncated" if stored < declared else "too long"
-        raise ValueError(f"{path} is {state}: its header says {declared} tokens, it holds {stored:g}: {remedy}")
-    if declared <= 0:
-        raise ValueError(f"{path} is empty: {remedy}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(declared,))
+    The file is not mapped into memory: if it then became shorter, the system would kill the process without a word.
+    """
+
+    def __init__(self, path: Path, keep_open: bool = True) -> None:
+        """Raises FileNotFoundError if there is no such file, and ValueError if it is not a whole shard."""
+        remedy = "build it again with data/build_shards.py"
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file: {remedy}")
+        self.path = path
+        self.file = os.open(path, READ_ONLY)
+        close = weakref.finalize(self, os.close, self.file)
+        header = np.frombuffer(os.read(self.file, HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+        status = os.fstat(self.file)
+        if status.st_size < HEADER_BYTES or header[0] != SHARD_MAGIC:
+            raise ValueError(f"{path} is not a token shard (its first bytes are not magic {SHARD_MAGIC}): {remedy}")
+        if header[1] != SHARD_VERSION:
+            raise ValueError(f"{path} has shard version {header[1]}, not {SHARD_VERSION}: {remedy}")
+
+        declared = int(header[2])
+        stored = (status.st_size - HEADER_BYTES) / 2
+        if stored != declared:
+            state = "truncated" if stored < declared else "too long"
+            raise ValueError(f"{path} is {state}: its header says {declared} tokens, it holds {stored:g}: {remedy}")
+        if declared <= 0:
+            raise ValueError(f"{path} is empty: {remedy}")
+
+        self.n_tokens = declared
+        # Without the inode, which some network file systems change from time to time.
+        self.size_and_time = (status.st_size, status.st_mtime_ns)
+        if not keep_open:
+            close()
+            self.file = -1
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, all of which the shard must hold. -> (count,) uint16
+
+        Raises ValueError if the file was truncated or overwritten since the shard was opened. One that was removed or
+        replaced does not matter while it is kept open, because the old content is still read.
+        """
+        n_bytes = 2 * count
+        data = b""
+        try:
+            file = os.open(self.path, READ_ONLY) if self.file < 0 else self.file
+            try:
+                os.lseek(file, HEADER_BYTES + 2 * start, os.SEEK_SET)
+                # The system gives at most 2 GiB at once.
+                while len(data) < n_bytes and (piece := os.read(file, n_bytes - len(data))):
+                    data += piece
+                # After the reading, so that no change can slip in between.
+                status = os.fstat(file)
+            finally:
+                if self.file < 0:
+                    os.close(file)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} can no longer be read ({error.strerror}): put it back, leave it there until the run "
+                "ends, and run again"
+            ) from None
+
+        if len(data) < n_bytes or (status.st_size, status.st_mtime_ns) != self.size_and_time:
+            raise ValueError(
+                f"{self.path} was changed during the run ({self.size_and_time[0]} bytes at its start, {status.st_size} "
+                "now): build or fetch it again, leave it alone until the run ends, and run again"
+            )
+        return np.frombuffer(data, "<u2")
 
 
 class TokenStream:
@@ -1652,20 +1731,26 @@ class TokenStream:
         self.files = sorted(Path(folder).glob(pattern))
         if not self.files:
             raise FileNotFoundError(f"DATA_PATH={folder!r} holds no {pattern}: {HOW_TO_GET_DATA}")
-        self.shards = [read_shard(file) for file in self.files]
+        self.shards = [Shard(file, keep_open=i < MAX_OPEN_SHARDS) for i, file in enumerate(self.files)]
         self.ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1, across the edges of shards. -> (count,) uint16"""
-        parts = [np.zeros(0, "<u2")]
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            begin = end - len(shard)
-            if begin < start + count and start < end:
-                parts.append(shard[max(start - begin, 0) : start + count - begin])
-        return np.concatenate(parts)
+        """Tokens start .. start + count - 1, as far as there are any, across the edges of shards. -> (n,) uint16"""
+        parts = list[np.ndarray]()
+        stop = min(start + count, len(self))
+        while start < stop:
+            # The shard that holds token `start`.
+            i = bisect.bisect_right(self.ends, start)
+            shard = self.shards[i]
+            n_read = min(stop, self.ends[i]) - start
+            parts.append(shard.read(start - self.ends[i] + shard.n_tokens, n_read))
+            start += n_read
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.zeros(0, "<u2"), *parts])
 
     def require_below(self, vocab_size: int, tokens: np.ndarray, start: int) -> None:
         """Raise ValueError with file and offset if one of `tokens`, read at `start`, is not below `vocab_size`."""
@@ -4180,7 +4265,9 @@ def train_and_store(run: Run, data: Data, checkpoint: Checkpoint | None = None) 
         results["artifact_path"] = str(path)
         results["artifact_sha256"] = hashlib.sha256(packed).hexdigest()
         if path != as_trained:
-            as_trained.unlink(missing_ok=True)
+            # A disk that has become read-only keeps it.
+            with contextlib.suppress(OSError):
+                as_trained.unlink()
     # The other ranks wait for the file, and look for it where it is.
     results["artifact_path"] = world.agree_on_text(results.get("artifact_path", ""))
     return {**results, **sizes, "train_dataset": dataset, "train_tokens": n_train_tokens}
@@ -4386,7 +4473,9 @@ def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
     if not hp.eval_artifact and Path(results["artifact_path"]).parent != hp.run_folder:
         misplaced.append(f"the artifact is {results['artifact_path']}")
     if misplaced:
-        raise OSError(f"a disk is full: {' and '.join(misplaced)}. The run is complete, move them")
+        raise OSError(
+            f"{hp.run_folder} is full or read-only: {' and '.join(misplaced)}. The run is complete, move them"
+        )
     remove_files(hp.run_folder.glob("checkpoint_*"))
     if not hp.eval_artifact and not point_to_latest(hp.run_folder):
         show(f"note: {hp.run_folder.with_name(LATEST)} does not lead to this run, links do not work there", sys.stderr)

@@ -256,7 +256,13 @@ def encode_in_order(encoder: Encoder, documents: Iterable[str], workers: int) ->
             yield texts, encoder(texts)
         return
 
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (encoder,))
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (encoder,))
+    except OSError as error:
+        # The disk of --out is not at fault: the locks of the processes lie in shared memory.
+        raise OSError(
+            f"worker processes cannot be started ({error.strerror}): make room in /dev/shm, or use --workers=1"
+        ) from None
     submitted: deque[tuple[list[str], Future[Encoded]]] = deque()
     try:
         for texts in todo:

@@ -19,6 +19,7 @@ A download that was interrupted, even by kill -9, is continued when the same com
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -711,6 +712,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename or args.out
+            sys.exit(f"{place}: no space is left on the disk, make room or choose another --out, and run it again")
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr, flush=True)

@@ -71,7 +71,7 @@ def read_shard(path: Path) -> npt.NDArray[np.uint16]:
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is not a complete shard of this version.
 
-    train_gpt.py has a read_shard of its own, because a record's copy of that script must run without this folder.
+    train_gpt.py has a reader of its own, Shard, because a record's copy of that script must run without this folder.
     tests/test_shards.py keeps the two in step: they read the same tokens and refuse the same files, except that only
     this one accepts a shard without tokens.
     """

@@ -290,6 +290,31 @@ def record_settings() -> dict[str, str | None]:
     }
 
 
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Callable[..., Path]]:
+    """A function that mounts an empty file system in memory, and returns its folder. It skips where that is denied."""
+    folders: list[Path] = []
+
+    def make(options: str, name: str = "disk") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("mounting a file system is not allowed here")
+        folders.append(folder)
+        return folder
+
+    yield make
+    for folder in folders:
+        subprocess.run(["umount", "--recursive", str(folder)], check=True)
+
+
+@pytest.fixture
+def full_disk(mount) -> Path:
+    """A file system with room for 16 KiB."""
+    return mount("size=16k", "full")
+
+
 FORK_SERVER = """
 import json, os, runpy, signal, sys
 # What every run would spend seconds on again; torch imports _dynamo with its first optimizer.

@@ -607,4 +607,4 @@ def test_pipes_are_not_waited_for(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json is not a manifest"):
         tg.check_manifest(tmp_path, [], "b")
     with pytest.raises(ValueError, match=r"fineweb_val_000000\.bin is not a regular file"):
-        tg.read_shard(tmp_path / "fineweb_val_000000.bin")
+        tg.Shard(tmp_path / "fineweb_val_000000.bin")

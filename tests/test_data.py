@@ -35,17 +35,19 @@ def split(tmp_path_factory):
     return tg.TokenStream(str(folder), "fineweb_train_[0-9]*.bin"), np.concatenate(parts)
 
 
-def test_read_shard_returns_what_was_written(shard, tmp_path):
-    assert tg.read_shard(shard).tolist() == list(range(100))
+@pytest.mark.parametrize("keep_open", [True, False])
+def test_shard_gives_what_was_written(shard, tmp_path, keep_open):
+    assert tg.Shard(shard, keep_open).read(0, 100).tolist() == list(range(100))
+    assert tg.Shard(shard, keep_open).read(7, 2).tolist() == [7, 8]
     write_shard(tmp_path / "top.bin", [0, 65_535])
-    assert tg.read_shard(tmp_path / "top.bin").tolist() == [0, 65_535]
+    assert tg.Shard(tmp_path / "top.bin", keep_open).read(0, 2).tolist() == [0, 65_535]
 
 
 def test_empty_shard_is_refused(tmp_path):
-    """The system cannot map an empty file; a shard without tokens is a mistake of who made it."""
+    """A shard without tokens is a mistake of who made it."""
     write_shard(tmp_path / "empty.bin", [])
     with pytest.raises(ValueError, match=r"empty\.bin is empty"):
-        tg.read_shard(tmp_path / "empty.bin")
+        tg.Shard(tmp_path / "empty.bin")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_empty_shard_is_refused(tmp_path):
 def test_damaged_shard_is_refused_by_name(shard, damage, message):
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
-        tg.read_shard(shard)
+        tg.Shard(shard)
     assert str(shard) in str(caught.value)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -510,6 +512,19 @@ def test_a_write_that_fails_leaves_no_final_name(run, hub, published, tmp_path) 
     assert not (tmp_path / "data" / FOLDER / "fineweb_train_000000.bin").exists()
     run()
     assert_published(tmp_path / "data", files, 1)
+
+
+def test_a_disk_that_is_full_is_named_with_the_remedy(run, mount, published) -> None:
+    folder = mount("size=1m", "data")
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+    message = r".*/data.*: no space is left on the disk, make room or choose another --out, and run it again\n"
+    assert re.fullmatch(message, run("--train-shards", "2", status=1).stderr)
+    filler.unlink()
+    run("--train-shards", "2")
+    assert_published(folder, published, 2)
 
 
 # --- Offline ---

@@ -640,6 +640,8 @@ def activation_bytes(config: tg.GPTConfig, n_tokens: int, seq_len: int) -> int:
     This is an upper bound: a compiled model keeps less, and attention without a dense mask does too.
     """
     sizes = dict[int, int]()
+    # While they are held, no other storage gets the same address.
+    kept: list[torch.UntypedStorage] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -647,16 +649,12 @@ def activation_bytes(config: tg.GPTConfig, n_tokens: int, seq_len: int) -> int:
         sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    # While they are held, no other storage gets the same address.
-    kept: list[torch.UntypedStorage] = []
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model = tg.GPT(config)
         ids = torch.zeros(n_tokens // seq_len, seq_len, dtype=torch.int64)
-        # The graph holds what it keeps as long as the loss exists.
-        loss = model.loss(ids, ids)
+        model.loss(ids, ids)
     for p in model.parameters():
         sizes.pop(p.untyped_storage()._cdata, None)
-    del loss
     return sum(sizes.values())
 
 
@@ -675,20 +673,36 @@ def scoring_bytes(config: tg.GPTConfig, hp: tg.Hyperparameters) -> int:
     return LOGITS_COPIES * 4 * n_tokens * config.vocab_size
 
 
-def peak_bytes(plan: Plan, sizes: Sizes) -> float:
-    """An estimate of the most memory that the run has at once, all of this process included on a CPU."""
+def own_memory() -> int:
+    """Bytes that this process holds: Python, torch and what the checks before left."""
+    return 1024 * int(tg.proc_value("/proc/self/status", "VmRSS").removesuffix(" kB") or 0)
+
+
+def peak_memory(plan: Plan, sizes: Sizes) -> dict[str, int]:
+    """An estimate of the most memory that the run has at once, by its purpose, in bytes.
+
+    An allocator keeps what it once had, so that the phases of a run add up.
+    """
     config = plan.config
     hp = plan.hp
-    # An allocator keeps what it once had, so the phases add up.
-    total = float(scoring_bytes(config, hp) + SPARE_BYTES)
-    if hp.eval_artifact:
-        total += 4 * sizes.parameters
-    else:
-        total += training_bytes(sizes, hp, plan.compiled)
-        total += activation_bytes(config, micro_batch_tokens(plan), hp.train_seq_len)
+    parts = {"scoring": scoring_bytes(config, hp), "programs": SPARE_BYTES}
     if plan.world.device.type == "cpu":
-        total += 1024 * int(tg.proc_value("/proc/self/status", "VmRSS").removesuffix(" kB") or 0)
-    return total
+        parts["programs"] += own_memory()
+    if hp.eval_artifact:
+        parts["weights"] = 4 * sizes.parameters
+    else:
+        parts["weights"] = training_bytes(sizes, hp, plan.compiled)
+        parts["activations"] = activation_bytes(config, micro_batch_tokens(plan), hp.train_seq_len)
+    return parts
+
+
+# What to do if this part of the memory is the largest, and all of it is too much.
+REMEDIES = {
+    "weights": "choose a smaller model",
+    "activations": "lower MICRO_BATCH_TOKENS or TRAIN_SEQ_LEN",
+    "scoring": "lower VAL_BATCH_SIZE or EVAL_SEQ_LEN",
+    "programs": "end other programs",
+}
 
 
 def check_model(plan: Plan) -> Findings:
@@ -703,13 +717,17 @@ def check_model(plan: Plan) -> Findings:
         f"vocabulary of {config.vocab_size:,}",
     )
 
-    # What this process holds already counts as available, because the run's process will have it instead.
-    needed = peak_bytes(plan, sizes)
+    parts = peak_memory(plan, sizes)
+    needed = sum(parts.values())
     available = available_memory(device)
-    memory = f"memory: about {in_words(needed)} at the peak, {in_words(available)} available"
+    if device.type == "cpu":
+        # What this process holds, the run's process will have instead.
+        available += own_memory()
+    of_what = ", ".join(f"{in_words(n_bytes)} {name}" for name, n_bytes in sorted(parts.items(), key=lambda p: -p[1]))
+    memory = f"memory: about {in_words(needed)} at the peak ({of_what}), {in_words(available)} available"
     if needed > available:
-        remedy = "a smaller model, VAL_BATCH_SIZE or MICRO_BATCH_TOKENS" if hp.eval_artifact else "a smaller model"
-        yield Finding("FAIL", f"{memory}: choose {remedy}; it was not built here")
+        largest = max(parts, key=lambda name: parts[name])
+        yield Finding("FAIL", f"{memory}: {REMEDIES[largest]}. The model was not built here")
         return
     yield Finding("warning" if needed > TIGHT * available else "ok", memory)
     if not hp.eval_artifact:
@@ -721,27 +739,31 @@ def check_time(plan: Plan, sizes: Sizes) -> Findings:
     hp = plan.hp
     warnings: list[str] = []
     run = tg.Run(plan.config, hp, plan.world, tg.Ledger(plan.world.device), log0=warnings.append)
+    refused = ""
     try:
         tg.require_fast_device(sizes.parameters, run)
     except ValueError as error:
-        yield Finding("FAIL", str(error))
-        return
+        refused = str(error)
+        yield Finding("FAIL", refused)
     for line in warnings:
         yield Finding("warning", line.removeprefix("warning: "))
 
+    # The rule by which the script decides.
     passes = len(plan.config.layer_order(looping=True)) / plan.config.num_layers
     dtype = tg.pick_dtype(plan.world.device, plan.config.compute_dtype)
     per_token = 6 * sizes.parameters * passes / tg.operations_per_second(plan.world.device, dtype)
-    if per_token * micro_batch_tokens(plan) > MOST_SECONDS_TO_MEASURE:
+    if refused or per_token * micro_batch_tokens(plan) > MOST_SECONDS_TO_MEASURE:
         seconds = per_token * hp.train_batch_tokens
-        yield Finding("note", f"a step takes at least {seconds:,.0f} s, by the speed of matrix products; not measured")
-        yield Finding("note", told_steps(hp, seconds, at_most=True))
+        at_least = duration(seconds)
+        yield Finding("note", f"a step takes {at_least} at least, by the speed of matrix products; it was not measured")
+        if not refused:
+            yield Finding("note", told_steps(hp, seconds, at_most=True))
         return
 
     timing = measure(plan)
     how = "compiled" if timing.compiled else "not compiled"
     n_micro = f"from one of its {timing.n_micro} micro-batches" if timing.n_micro > 1 else "measured whole"
-    yield Finding("ok", f"a step takes {timing.step_seconds:.3g} s, {n_micro}, {how}")
+    yield Finding("ok", f"a step takes {timing.step_seconds:.2f} s, {n_micro}, {how}")
     yield Finding("note", told_steps(hp, timing.step_seconds))
     yield Finding("note", told_total(plan, timing))
     n_gpus = torch.cuda.device_count()

@@ -3,7 +3,7 @@
     PRESET=smoke python tools/doctor.py                   of the run that PRESET=smoke python train_gpt.py would be
     python tools/doctor.py --preset=small --num_layers=6  settings as the script takes them
 
-Every line begins with a word:
+Every finding begins with a word:
 ok        as it should be
 note      worth knowing
 warning   the run would do, but worse than it could: slower, shorter, or without something
@@ -13,7 +13,7 @@ Exit status: 0 if there are only the first two, 1 with a warning, 2 with a FAIL.
 
 It looks at one process, so it is started without torchrun. A step of a tiny model is really computed, and compiled if
 COMPILE allows it. Then the real model takes a step on random tokens, if it fits into memory and is not hopelessly slow.
-With COMPILE=0 all of it takes about 20 seconds on two cores. Compiling adds up to COMPILE_SECONDS.
+With COMPILE=0 all of it takes 10 to 30 seconds on two cores. Compiling adds up to COMPILE_SECONDS.
 """
 
 from __future__ import annotations
@@ -97,10 +97,14 @@ class Report:
 
     def __init__(self) -> None:
         self.words: list[str] = []
+        self.title = ""  # of the group that has just begun
 
     def examine(self, title: str, findings: Iterable[Finding]) -> None:
-        """Print a group. An exception in a check is a FAIL of this check, and ends only this one."""
-        print(f"\n{title}", flush=True)
+        """Print a group, with its title beside the first line.
+
+        An exception in a check is a FAIL of this check, and ends only this one.
+        """
+        self.title = title
         try:
             for finding in findings:
                 self.show(finding)
@@ -109,7 +113,8 @@ class Report:
 
     def show(self, finding: Finding) -> None:
         self.words.append(finding.word)
-        indent = f"  {finding.word:<9}"
+        indent = f"{self.title:<10} {finding.word:<8} "
+        self.title = ""
         for paragraph in finding.text.splitlines():
             wrapped = textwrap.wrap(
                 paragraph,
@@ -236,6 +241,7 @@ def check_settings(plan: Plan) -> Findings:
     only_preset = {"PRESET": hp.preset}
     defaults = {**vars(tg.from_env(tg.GPTConfig, only_preset)), **vars(tg.from_env(tg.Hyperparameters, only_preset))}
     changed = tg.changed_settings(asked, hp, plan.env)
+    changed.pop("EVAL_ARTIFACT", None)
     for name, value in list(changed.items())[:SETTINGS_SHOWN]:
         source = ", from the manifest of the data" if name in plan.from_files else ""
         was = defaults[name.lower()]
@@ -243,7 +249,7 @@ def check_settings(plan: Plan) -> Findings:
     if len(changed) > SETTINGS_SHOWN:
         yield Finding("note", f"also changed: {', '.join(list(changed)[SETTINGS_SHOWN:])}")
 
-    same = sorted((tg.SETTINGS & plan.env.keys()) - {*changed, "PRESET", *plan.from_files})
+    same = sorted((tg.SETTINGS & plan.env.keys()) - {*changed, "PRESET", "EVAL_ARTIFACT", *plan.from_files})
     if same:
         yield Finding("note", f"set to what PRESET={hp.preset} has anyway: {', '.join(same)}")
     if unread := tg.unread_variables(plan.env):
@@ -502,9 +508,12 @@ def compiled_step_in_time(env: Mapping[str, str], limit: float = COMPILE_SECONDS
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return {"reason": f"a step of a tiny model is not compiled after {limit:.0f} s", "timed_out": True}
+    finally:
+        # Also after Ctrl-C, which a process group of its own does not get.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     for line in out.splitlines()[::-1]:
         if line.startswith("{"):
             return dict(json.loads(line))

@@ -227,7 +227,7 @@ class Hyperparameters:
     checkpoint_every: float = setting(
         0.0, "seconds of training between checkpoints; 0 means only when a signal asks for one"
     )
-    resume: str = setting("", "go on from this checkpoint or run folder; 1 means the run in OUT_DIR that was cut short")
+    resume: str = setting("", "go on from a checkpoint, or from a run's folder; 1 means the run that was cut short")
     compile: str = setting(
         "auto", "use torch.compile; auto: if there is CUDA or a C++ compiler", choices=("auto", "0", "1")
     )
@@ -2806,7 +2806,9 @@ def train(
         train_loss, gradient_norm = torch.stack(step).tolist()
         require_finite(train_loss, gradient_norm, run)
         if progress.is_spike(train_loss):
-            run.warn(f"train_loss jumped from {progress.train_loss:.4f} to {train_loss:.4f} at {progress.position(hp)}")
+            run.warn(
+                f"train_loss jumped from {progress.train_loss:.4f} to {train_loss:.4f} at step {progress.step + 1}"
+            )
 
         # One clock for all: with their own, ranks would use different learning rates and stop at different steps.
         # They also hear here of a signal that only one of them got.
@@ -2827,6 +2829,7 @@ def train(
             signals.keep = False
         if n_stops:
             checkpoints.finish()
+            signals.stop = signals.stop or signal.SIGTERM
             raise KeyboardInterrupt
 
     if out_of_time:
@@ -4442,11 +4445,11 @@ def what_is_left(run: Run) -> str:
     checkpoints = sorted(hp.run_folder.glob(CHECKPOINT_FILES))
     command = f"python {sys.argv[0]}" if run.world.size == 1 else f"torchrun --nproc_per_node=N {sys.argv[0]}"
     if artifact.exists():
-        return f"interrupted: the trained model is {artifact}, {command} --eval_artifact={artifact} scores it"
+        return f"interrupted: the trained model is {artifact}, --eval_artifact={artifact} scores it"
     if checkpoints:
         return f"interrupted: the state is kept in {checkpoints[-1]}, {command} --resume={hp.run_folder} goes on"
     if as_trained.exists():
-        return f"interrupted: the trained model is {as_trained}, {command} --eval_artifact={as_trained} scores it"
+        return f"interrupted: the trained model is {as_trained}, --eval_artifact={as_trained} scores it"
     return f"interrupted: the log is {hp.run_folder / 'log.txt'}, no model was stored"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,3 +261,178 @@ def test_micro_batch_logging_and_number_of_ranks_may_differ(run_signalled, train
     assert here.keys() == there.keys()
     assert [float(x) for x in here.values()] == pytest.approx([float(x) for x in there.values()], abs=2e-3)
     assert done.results["world_size"] == 2
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_signal_that_only_one_of_two_ranks_gets_ends_both_at_the_same_step(run_signalled):
+    run = run_signalled(("SIGTERM", 6, "1"), size=2)
+    assert run.status == 128 + signal.SIGTERM
+    assert checkpoints(run) == ["checkpoint_000000000006.ckpt"]
+    assert run.err.count("interrupted: ") == 1
+
+
+@pytest.mark.parametrize("dead", ["0", "1"])
+def test_ranks_stop_soon_when_another_dies_and_name_it(dead, run_signalled, trained):
+    """And on two ranks again, the run goes on to the result of one rank, up to rounding."""
+    began = time.monotonic()
+    run = run_signalled(("SIGUSR1", 9), ("SIGKILL", 12, dead), size=2)
+    assert time.monotonic() - began < 30
+    assert run.status != 0
+    kept = "runs/run/checkpoint_000000000009.ckpt"
+    expected = f"error: rank {dead} has died, the last step was step:11/30: the state is kept in {kept}, torchrun "
+    [line] = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(expected)
+    if dead == "1":
+        assert run.log.splitlines()[-1] == line
+    done = go_on(run, run_signalled, size=2)
+    assert done.status == 0, done.err
+    assert float(curve(done.log)["30"]) == pytest.approx(float(curve(trained.log)["30"]), abs=2e-3)
+
+
+def test_ranks_whose_weights_part_are_an_error(tmp_path_factory, tiny_settings, fork):
+    """A bit that flips in the memory of one of three ranks is found at the next validation."""
+    folder = tmp_path_factory.mktemp("parted")
+    driver = folder / "driver.py"
+    driver.write_text(
+        """
+import os, sys, torch, train_gpt as tg
+
+finish_step = tg.Progress.finish_step
+models = []
+build_optimizers = tg.build_optimizers
+
+def note_model(model, hp, world):
+    models.append(model)
+    return build_optimizers(model, hp, world)
+
+def finish_and_flip(progress, *rest):
+    finish_step(progress, *rest)
+    if progress.step == 3 and os.environ["RANK"] == "2":
+        models[0].blocks[1].mlp.fc.weight.data.view(torch.int32)[0, 0] ^= 1
+
+tg.build_optimizers = note_model
+tg.Progress.finish_step = finish_and_flip
+try:
+    tg.main()
+except ValueError as error:
+    sys.exit(f"error: {error}")
+"""
+    )
+    run = fork(str(driver), folder, {**tiny_settings, "VAL_LOSS_EVERY": "3"}, 3)
+    assert run.status == 1
+    assert run.err.count("error: after step 3 the weights of rank 2 are not those of rank 0") == 3
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_goes_on_by_itself_when_a_rank_is_killed(victim, tiny_settings, tmp_path, trained):
+    """One of two ranks is killed twice, at any moment after a checkpoint. The name of the run is left to the script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3", "--nproc_per_node=2"]
+    env = {**tiny_settings, "ITERATIONS": "400", "CHECKPOINT_EVERY": "0.1", "HOME": str(tmp_path)}
+    del env["RUN_ID"]
+    with (tmp_path / "out").open("w") as out:
+        launcher = subprocess.Popen([*command, tg.__file__], cwd=tmp_path, env=env, stdout=out, stderr=out)
+        for n_kills in (1, 2):
+            while True:
+                time.sleep(0.2)
+                assert launcher.poll() is None, (tmp_path / "out").read_text()
+                logs = [path.read_text() for path in tmp_path.glob("runs/*/log.txt")]
+                n_resumes = sum(log.count("resumed:") for log in logs)
+                kept = list(tmp_path.glob("runs/*/checkpoint_*.ckpt"))
+                ranks = children_of(launcher.pid)
+                if n_resumes == n_kills - 1 and len(kept) == 2 and len(ranks) == 2 and "step:" in logs[0]:
+                    os.kill(ranks[victim], signal.SIGKILL)
+                    break
+            while victim < len(ranks) and ranks[victim] in children_of(launcher.pid):
+                time.sleep(0.1)
+        assert launcher.wait(300) == 0, (tmp_path / "out").read_text()
+
+    [folder] = [path for path in (tmp_path / "runs").iterdir() if path.name != "latest"]
+    results = json.loads((folder / "run.json").read_text())
+    assert (results["steps"], results["resumes"]) == (400, 2)
+    assert results["val_bpb"] < trained.results["val_bpb"]
+    assert list(folder.glob("checkpoint_*")) == []
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+INJECTED = """
+import os, sys, torch, train_gpt as tg
+
+loss = tg.GPT.loss
+calls = []
+
+def injected(self, ids, targets, looping=True, compiled=False):
+    calls.append(1)
+    found = loss(self, ids, targets, looping, compiled)
+    if len(calls) == 12:
+        found = {expression}
+    return found
+
+tg.GPT.loss = injected
+try:
+    status = tg.main()
+except tg.EXPECTED_ERRORS as error:
+    sys.exit(f"error: {{error}}")
+os._exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("found * float('nan')", "train_loss is nan at step 12 (last good train_loss "),
+        ("found + float('inf')", "train_loss is inf at step 12"),
+        # A finite loss with a gradient that is not.
+        ("found + (self.tok_emb.weight[0, 0] * 0).sqrt()", "the length of the gradient is nan at step 12"),
+    ],
+)
+def test_loss_or_gradient_that_is_not_finite_ends_the_run_at_its_step(
+    expression, message, tmp_path, fork, tiny_settings, run_signalled, trained
+):
+    """What it did to the weights is not kept. If a device was at fault and not the settings, the run can go on."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(INJECTED.format(expression=expression))
+    run = fork(str(driver), tmp_path, {**tiny_settings, "CHECKPOINT_EVERY": "1e-9"})
+    assert run.status == 1
+    [line] = run.err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert run.log.splitlines()[-1] == line
+    assert checkpoints(run) == ["checkpoint_000000000010.ckpt", "checkpoint_000000000011.ckpt"]
+    done = go_on(run, run_signalled)
+    assert done.artifact.read_bytes() == trained.artifact.read_bytes()
+
+
+def test_loss_that_jumps_is_reported_and_training_goes_on(tmp_path, fork, tiny_settings, trained):
+    driver = tmp_path / "driver.py"
+    driver.write_text(INJECTED.format(expression="found + 2.0"))
+    run = fork(str(driver), tmp_path, tiny_settings)
+    assert run.status == 0, run.err
+    [line] = [line for line in run.log.splitlines() if line.startswith("warning: ")]
+    assert re.fullmatch(r"warning: train_loss jumped from \d\.\d+ to \d\.\d+ at step 12", line)
+    # A constant that is added to a loss changes no gradient.
+    assert run.artifact.read_bytes() == trained.artifact.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "is_spike"),
+    [
+        ([5.0] * 10, 6.1, True),
+        ([5.0] * 10, 5.9, False),
+        ([5.0] * 9, 9.0, False),
+        ([9.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0], 6.1, True),
+        ([4.0, 6.0] * 5, 6.1, True),
+    ],
+    ids=str,
+)
+def test_spike_is_a_loss_far_above_the_mean_of_the_ten_before(losses, loss, is_spike):
+    progress = tg.Progress()
+    for x in losses:
+        progress.finish_step(x, 1.0)
+    assert progress.is_spike(loss) is is_spike

@@ -240,7 +240,10 @@ def make_setup(data, config, hp, record_config, record_hp) -> Callable[..., Setu
         stream = tg.TokenStream(run_hp.data_path, "fineweb_train_[0-9]*.bin")
         loader = tg.Loader(stream, run_hp, 320, tg.World())
         lines: list[str] = []
-        return Setup(learner, loader, tg.Run(run_config, run_hp, tg.World(), tg.Ledger(CPU), lines.append), lines)
+        run = tg.Run(run_config, run_hp, tg.World(), tg.Ledger(CPU), lines.append)
+        if run_hp.ema_decay:
+            run.progress.average = [p.detach().clone() for p in model.parameters()]
+        return Setup(learner, loader, run, lines)
 
     return make
 

@@ -211,6 +211,9 @@ class Plan:
 def make_plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Plan:
     """Read settings as the script does. Raises ValueError, as the script does, for those that make no sense."""
     env = {**environment, **tg.read_arguments(arguments)}
+    checkpoint = tg.find_checkpoint(env)
+    if checkpoint:
+        env.update(tg.settings_to_go_on(checkpoint, env))
     from_files = tg.settings_from_files(env)
     env.update(from_files)
     config = tg.from_env(tg.GPTConfig, env)
@@ -455,7 +458,7 @@ def tiny_step(plan: Plan, compiled: bool) -> float:
 
     ids = torch.randint(config.vocab_size, (2, TINY_SEQ_LEN), device=device)
     began = time.perf_counter()
-    loss = float(tg.train_step(learner, [(ids, ids)], 1.0, hp.muon_momentum, run))
+    loss = float(tg.train_step(learner, [(ids, ids)], 1.0, hp.muon_momentum, run).train_loss)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss of a tiny model is {loss}: this torch computes wrongly here")
     return time.perf_counter() - began
@@ -903,7 +906,7 @@ def check_files(plan: Plan) -> Findings:
     if not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("FAIL", f"OUT_DIR={out}: {folder} cannot be written, name another")
         return
-    if hp.run_id and hp.run_folder.exists():
+    if hp.run_id and not hp.resume and hp.run_folder.exists():
         yield Finding("FAIL", f"RUN_ID={hp.run_id} names a run whose files are in {hp.run_folder}: choose another")
 
     yield from check_room(plan, folder)
@@ -930,8 +933,13 @@ def check_room(plan: Plan, folder: Path) -> Findings:
 
     # Two are kept, and another is being written.
     one = checkpoint_bytes(sizes, hp)
-    text = f"checkpoints: {in_words(one)} each, {in_words(3 * one)} while the third is written"
-    if free < needed + 3 * one:
+    if hp.checkpoint_every:
+        n_checkpoints = tg.CHECKPOINTS_KEPT + 1
+        text = f"checkpoints, one every {duration(hp.checkpoint_every)} of training: {in_words(n_checkpoints * one)}"
+    else:
+        n_checkpoints = 1
+        text = f"a checkpoint, if a signal asks for one: {in_words(one)}"
+    if free < needed + n_checkpoints * one:
         yield Finding("warning", f"{text}, for which there is no room")
     else:
         yield Finding("ok", text)

@@ -694,8 +694,13 @@ def start_world(env: Mapping[str, str]) -> World:
         reminder.daemon = True
         reminder.start()
         try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_SILENCE))
+            # torchrun keeps its store for the next attempt, which must not find there where the ranks of this one met.
+            # Only on a single machine are attempts certain to have the same number everywhere.
+            if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+                store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=LONGEST_SILENCE)
+            dist.init_process_group(backend, timeout=LONGEST_SILENCE, world_size=size, rank=rank, store=store)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -4420,12 +4425,14 @@ def main() -> int:
         log0.close()
         conclude(run, results)
     except KeyboardInterrupt:
+        run.signals.deferred = True  # a further one must not break into what is left to do
         line = what_is_left(run)
         log0.to_file(line)
         if world.rank == 0:
             show(line, sys.stderr)
         return 128 + (run.signals.stop or signal.SIGINT)
     except BaseException as error:
+        run.signals.deferred = True
         blamed = blame_dead_ranks(error, run)
         is_expected = isinstance(blamed, EXPECTED_ERRORS)
         log0.to_file(f"error: {blamed}" if is_expected else traceback.format_exc())
@@ -4443,7 +4450,9 @@ def what_is_left(run: Run) -> str:
     artifact = hp.run_folder / ARTIFACT_NAMES[hp.codec]
     as_trained = hp.run_folder / ARTIFACT_NAMES["float32"]
     checkpoints = sorted(hp.run_folder.glob(CHECKPOINT_FILES))
-    command = f"python {sys.argv[0]}" if run.world.size == 1 else f"torchrun --nproc_per_node=N {sys.argv[0]}"
+    command = (
+        f"python {sys.argv[0]}" if run.world.size == 1 else f"torchrun --nproc_per_node={run.world.size} {sys.argv[0]}"
+    )
     if artifact.exists():
         return f"interrupted: the trained model is {artifact}, --eval_artifact={artifact} scores it"
     if checkpoints:

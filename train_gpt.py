@@ -2560,7 +2560,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if header["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {header['format']!r:.100}, not {CHECKPOINT_FORMAT}")
         progress = progress_from_json(header["progress"])
-        seconds = {str(phase): require_seconds(spent) for phase, spent in header["seconds"].items()}
+        seconds = {phase: require_seconds(spent) for phase, spent in header["seconds"].items()}
+        # They become keys of the log.
+        if not all(re.fullmatch("[a-z]{1,20}", phase) for phase in seconds):
+            raise ValueError("it has phases of no run")
         settings = dict(header["settings"])
         given = dict(header["given"])
         if settings.keys() != SETTINGS or not given.keys() <= SETTINGS:
@@ -4246,6 +4249,8 @@ def train_and_store(run: Run, data: Data, checkpoint: Checkpoint | None = None) 
         position = run.progress.position(hp)
         run.log0(f"resumed:{position} {run.progress.timing()} checkpoint:{checkpoint.path}")
         run.screen.tell(f"Going on at {position} from {checkpoint.path}")
+        if checkpoint.code_sha256 != hashlib.sha256(own_code()).hexdigest():
+            run.warn("the script has changed since the checkpoint was written")
 
     def validate(looping: bool) -> Score:
         def logits_fn(ids: Tensor) -> Tensor:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from conftest import FinishedRun
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_gpt as tg
 
@@ -437,3 +447,191 @@ def test_spike_is_a_loss_far_above_the_mean_of_the_ten_before(losses, loss, is_s
     for x in losses:
         progress.finish_step(x, 1.0)
     assert progress.is_spike(loss) is is_spike
+
+
+@contextlib.contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """Fail if what Python and numpy allocate inside comes to more than `limit` bytes at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+# -- hostile checkpoints ---------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A checkpoint taken apart, and what is needed to go on from it."""
+
+    header: dict[str, Any]
+    tensors: bytes
+    env: dict[str, str]
+    folder: Path
+
+    def sealed(self, header: Any = None, tensors: bytes | None = None) -> bytes:
+        """With a valid checksum, which whoever makes a hostile one can compute too."""
+        text = header if isinstance(header, bytes) else json.dumps(self.header if header is None else header).encode()
+        body = text + (self.tensors if tensors is None else tensors)
+        return tg.CHECKPOINT_PREFIX.pack(b"GOLFRUN\n", zlib.crc32(body), len(text)) + body
+
+    def go_on(self, data: bytes) -> tg.Learner:
+        """As main does, with a model that another seed has filled."""
+        path = self.folder / "run" / "checkpoint_000000000005.ckpt"
+        path.write_bytes(data)
+        checkpoint = tg.read_checkpoint(path)
+        env = {**self.env, **tg.settings_to_go_on(checkpoint, self.env)}
+        config, hp = tg.resolve_settings(env, torch.device("cpu"))
+        opened = tg.open_data(config, hp, tg.World())
+        tg.require_same_run(checkpoint, opened.identity, config, hp)
+        assert opened.train
+        model = tg.GPT(config)
+        tg.init_weights(model, dataclasses.replace(hp, seed=9))
+        learner = tg.Learner(model, model.loss, tg.build_optimizers(model, hp, tg.World()))
+        ledger = tg.Ledger(torch.device("cpu"))
+        tg.restore(checkpoint, learner, opened.train, tg.Run(config, hp, tg.World(), ledger, lambda line: None))
+        return learner
+
+    def refused(self, data: bytes) -> str:
+        with pytest.raises(ValueError, match=r"checkpoint_000000000005\.ckpt") as caught:
+            self.go_on(data)
+        return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def kept(cut_short, tmp_path_factory, tiny_settings) -> Kept:
+    data = (cut_short.run_folder / "checkpoint_000000000005.ckpt").read_bytes()
+    _, _, text_bytes = tg.CHECKPOINT_PREFIX.unpack(data[: tg.CHECKPOINT_PREFIX.size])
+    begin = tg.CHECKPOINT_PREFIX.size + text_bytes
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "run").mkdir()
+    env = {name: tiny_settings[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    return Kept(json.loads(data[tg.CHECKPOINT_PREFIX.size : begin]), data[begin:], env, folder)
+
+
+def test_checkpoint_put_together_again_is_read(kept):
+    learner = kept.go_on(kept.sealed())
+    stored = np.frombuffer(kept.tensors, "<f4")
+    weights = torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+    assert np.array_equal(weights.numpy(), stored[: weights.numel()])
+
+
+def test_cut_lengthened_or_changed_checkpoint_is_refused(kept):
+    data = kept.sealed()
+    rng = random.Random(0)
+    for n_bytes in [0, 1, 15, 16, 17, len(data) - 1, *(rng.randrange(len(data)) for _ in range(30))]:
+        kept.refused(data[:n_bytes])
+    for place in [0, 8, 12, 15, *(rng.randrange(len(data)) for _ in range(30))]:
+        changed = bytearray(data)
+        changed[place] ^= 1 << rng.randrange(8)
+        kept.refused(bytes(changed))
+    assert "checksum" in kept.refused(data + b"\0")
+    assert "other tensors" in kept.refused(kept.sealed(tensors=kept.tensors + bytes(4)))
+    assert "other tensors" in kept.refused(kept.sealed(tensors=kept.tensors[:-4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2, not 1"),
+        ({"progress": {"step": 0}}, "not written by this version"),
+        ({"progress": []}, "not written by this version"),
+        ({"seconds": {"train\nfinal_x val_bpb:0": 1.0}}, "phases of no run"),
+        ({"seconds": {"train": math.nan}}, "no number from 0 to 1e15"),
+        ({"given": {"PRESET": "a\0b"}}, "no environment holds"),
+        ({"given": {"LD_PRELOAD": "x.so"}}, "has not the settings of this script"),
+        ({"settings": {}}, "has not the settings of this script"),
+        ({"tensors": []}, "other tensors than this model has"),
+        ({"data": {}}, "is not the data of"),
+    ],
+    ids=str,
+)
+def test_lying_checkpoint_is_refused(kept, change, message):
+    assert message in kept.refused(kept.sealed({**kept.header, **change}))
+
+
+@pytest.mark.parametrize("change", [{"step": 31}, {"step": 10**400}, {"step": -1}, {"recent_seconds": []}], ids=str)
+def test_progress_of_no_run_is_refused(kept, change):
+    kept.refused(kept.sealed({**kept.header, "progress": {**kept.header["progress"], **change}}))
+
+
+def test_checkpoint_of_a_huge_model_is_refused_before_anything_is_allocated(kept):
+    """All settings agree with each other, but the file is far too short for them."""
+    huge = {"MODEL_DIM": "16384", "NUM_LAYERS": "64"}
+    header = {**kept.header, "settings": {**kept.header["settings"], **huge}, "given": {**kept.header["given"], **huge}}
+    begin = time.process_time()
+    with memory_below(2**26):
+        assert "too few for" in kept.refused(kept.sealed(header))
+    assert time.process_time() - begin < 4  # 2 without tracemalloc
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 2**20, b"[" + b"[]," * 349_000 + b"[]]", b"9" * 2**20, b'"' + b"x" * 2**20, b"\xff" * 100], ids=len
+)
+def test_json_that_is_no_header_is_refused_soon(kept, text):
+    begin = time.process_time()
+    with memory_below(2**26):
+        kept.refused(kept.sealed(text[: tg.MAX_CHECKPOINT_JSON_BYTES]))
+    assert time.process_time() - begin < 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_checkpoint_that_is_no_regular_file_is_refused(kind, tmp_path):
+    path = tmp_path / "checkpoint_000000000001.ckpt"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no regular file"):
+        tg.read_checkpoint(path)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_mutated_checkpoint_is_refused_or_read(kept, data):
+    """Any value, at any place of the header, in place of the right one: never another exception."""
+    header = json.loads(json.dumps(kept.header))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = header
+        key = data.draw(st.sampled_from(sorted(place)))
+        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            key = data.draw(st.sampled_from(sorted(place)))
+        place[key] = data.draw(JUNK | st.integers(-2, 300) | st.integers(-2, 300).map(str))
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        kept.go_on(kept.sealed(header))
+
+
+# -- the study of survival -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_runs_survive_kills_and_minutes(tmp_path):
+    """The study's own code, shorter: five kills at random moments, and half a minute of a run that keeps its state."""
+    study = Path(tg.__file__).with_name("records") / "studies" / "2026-11-27_Survival" / "survive.py"
+    corpus = Path(tg.__file__).with_name("data") / "datasets" / "pydoc_sp1024"
+    if not corpus.exists():
+        pytest.skip("the corpus of the first run is not there: python data/build_shards.py makes it")
+
+    def measure(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, str(study), *arguments, "--out", str(tmp_path)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        return json.loads((tmp_path / f"{arguments[0]}.json").read_text())
+
+    killed = measure("kills", "--kills", "5", "--seed", str(random.randrange(10**6)))
+    assert killed["equal"] == killed["kills"] == 5
+
+    soaked = measure("soak", "--seconds", "30", "--every", "1", "--checkpoint-every", "1")
+    first, last = soaked["first_fifth"], soaked["last_fifth"]
+    assert last["memory_mib"] < first["memory_mib"] + 16
+    assert last["open_files"] <= first["open_files"] + 1
+    assert last["threads"] <= first["threads"] + 1

@@ -4,6 +4,7 @@
     python train_gpt.py                                         one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py       eight GPUs, the published limits
     EVAL_ARTIFACT=runs/latest python train_gpt.py               score the last model again, without training
+    RESUME=1 python train_gpt.py                                go on with the run that was cut short
 
 A run trains for MAX_WALLCLOCK_SECONDS. Then it quantizes and compresses the weights, as finely as MAX_TOTAL_BYTES
 allows for code and artifact together, loads the file it wrote and scores that. The last line of the log,
@@ -17,6 +18,7 @@ A run writes to a folder of its own, OUT_DIR/RUN_ID:
          final_model.*.ptz                the scored model: a JSON header and compressed weights, never code
          log.txt                          the log, a line per event
          run.json                         settings, identities, seconds, bytes and results
+         checkpoint_*.ckpt                the state of the run, until it ends: the last two
 Once training ends, the weights are there uncompressed, as final_model.float32.ptz, until the scored model replaces
 them. OUT_DIR/latest leads to the folder of the last run that finished. What a full disk does not take goes to the
 temporary folder, and the last line says so.
@@ -437,6 +439,12 @@ def from_env(cls: type[Settings], env: Mapping[str, str]) -> Settings:
         if name in texts:
             values[field.name] = parse_setting(name, texts[name], type(field.default))
     return cls(**values)
+
+
+def all_settings(env: Mapping[str, str]) -> dict[str, Any]:
+    """Every setting by name of the variable, as `env` and its PRESET say."""
+    fields = {**vars(from_env(GPTConfig, env)), **vars(from_env(Hyperparameters, env))}
+    return {name.upper(): value for name, value in fields.items()}
 
 
 def parse_setting(name: str, text: str, kind: Any) -> Any:
@@ -2221,6 +2229,12 @@ class Progress:
     resumes: int = 0  # how often the run went on from a checkpoint
     average: list[Tensor] = dataclasses.field(default_factory=list)  # of the weights; empty with EMA_DECAY=0
 
+    def as_json(self) -> dict[str, Any]:
+        """All but the average, which is kept with the other tensors."""
+        values = {name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()}
+        del values["average"]
+        return values
+
     def finish_step(self, train_loss: float, seconds: float) -> None:
         self.step += 1
         self.train_loss = train_loss
@@ -2392,8 +2406,8 @@ def prime(learner: Learner, loader: Loader, run: Run) -> None:
 # -- Checkpoints -----------------------------------------------------------------------------------------------------
 # Magic (8 bytes), crc32 of all that follows (uint32), length of the JSON (uint32), JSON, tensors.
 #
-# The JSON holds settings, progress and seconds, and the names and shapes of the tensors, which follow one after another
-# as little-endian float32. Nothing in it is executed.
+# The JSON holds settings, progress, seconds, and the names and shapes of the tensors. These follow one after another
+# as little-endian float32. Nothing in a checkpoint is executed.
 
 CHECKPOINT_MAGIC = b"GOLFRUN\n"
 CHECKPOINT_FORMAT = 1
@@ -2402,13 +2416,12 @@ CHECKPOINT_FILES = "checkpoint_*.ckpt"
 CHECKPOINTS_KEPT = 2
 MAX_CHECKPOINT_JSON_BYTES = 2**20
 
-# Settings that a run may go on with changed: they move files, or change results by no more than rounding.
-MAY_CHANGE = {
-    "RUN_ID",
-    "OUT_DIR",
+# Where a run and its files lie. These are found again and not kept.
+PLACES = {"RUN_ID", "OUT_DIR", "RESUME"}
+# What may change when a run goes on, because it moves files, or changes results by no more than rounding.
+MAY_CHANGE = PLACES | {
     "DATA_PATH",
     "TOKENIZER_PATH",
-    "RESUME",
     "COMPILE",
     "MICRO_BATCH_TOKENS",
     "VAL_BATCH_SIZE",
@@ -2435,12 +2448,6 @@ def table_of(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
     return [[name, list(t.shape)] for name, t in tensors.items()]
 
 
-def settings_as_text(config: GPTConfig, hp: Hyperparameters) -> dict[str, str]:
-    """All settings by name of the variable, as they would be written in the environment."""
-    values = {**vars(config), **vars(hp)}
-    return {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
-
-
 class CheckpointWriter:
     """Writes the state of a run into its folder. Only rank 0 does, because all ranks hold the same.
 
@@ -2449,7 +2456,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, learner: Learner, data: Mapping[str, Any], run: Run) -> None:
-        """`data` describes the data of the run, which must be the same when it goes on."""
+        """`data` identifies the data, which must be the same when the run goes on."""
         self.learner = learner
         self.data = data
         self.run = run
@@ -2470,33 +2477,29 @@ class CheckpointWriter:
         run.ledger.switch("checkpoint")
         self.finish()
         tensors = changing_tensors(self.learner, run.progress)
-        progress = {**vars(run.progress), "average": []}
-        for name in ("recent_losses", "recent_seconds"):
-            progress[name] = list(progress[name])
+        copies = [t.to("cpu", copy=True).numpy().astype("<f4", copy=False) for t in tensors.values()]
         header = {
             "format": CHECKPOINT_FORMAT,
             "code_sha256": hashlib.sha256(own_code()).hexdigest(),
             "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""),
-            "settings": settings_as_text(run.config, run.hp),
-            "given": {name: os.environ[name] for name in sorted(SETTINGS & os.environ.keys())},
+            "given": {name: os.environ[name] for name in sorted(os.environ.keys() & SETTINGS - PLACES)},
             "data": self.data,
-            "progress": progress,
-            "seconds": {phase: run.ledger.seconds(phase) for phase in {**run.ledger.spent, "checkpoint": 0.0}},
+            "progress": run.progress.as_json(),
+            "seconds": {phase: run.ledger.seconds(phase) for phase in (*run.ledger.spent, "checkpoint")},
             "tensors": table_of(tensors),
         }
-        copies = [t.to("cpu", copy=True).numpy().astype("<f4", copy=False) for t in tensors.values()]
         path = run.hp.run_folder / f"checkpoint_{run.progress.step:012}.ckpt"
         self.thread = threading.Thread(target=self.write, args=(path, json.dumps(header).encode(), copies))
         self.thread.start()
         run.ledger.switch("train")
 
-    def write(self, path: Path, text: bytes, tensors: list[np.ndarray]) -> None:
-        crc32 = zlib.crc32(text)
-        for tensor in tensors:
-            crc32 = zlib.crc32(tensor.data, crc32)
-        prefix = CHECKPOINT_PREFIX.pack(CHECKPOINT_MAGIC, crc32, len(text))
+    def write(self, path: Path, header: bytes, tensors: list[np.ndarray]) -> None:
+        pieces = [memoryview(header), *(tensor.data for tensor in tensors)]
+        crc32 = 0
+        for piece in pieces:
+            crc32 = zlib.crc32(piece, crc32)
         try:
-            write_file(path, prefix, text, *(tensor.data for tensor in tensors))
+            write_file(path, CHECKPOINT_PREFIX.pack(CHECKPOINT_MAGIC, crc32, len(header)), *pieces)
         except OSError as error:
             self.error = error
             return
@@ -2520,100 +2523,69 @@ def remove_files(paths: Iterable[Path]) -> None:
 
 
 class Checkpoint(NamedTuple):
-    """What a file keeps of a run, checked. Its tensors are still in the file."""
+    """A checkpoint that is whole. Its tensors are still in the file."""
 
     path: Path
-    settings: dict[str, str]  # all of them
-    given: dict[str, str]  # those that the environment or arguments gave, as they were given
-    data: dict[str, Any]
-    progress: Progress
-    seconds: dict[str, float]
-    launch: str
-    code_sha256: str
-    table: list[list[Any]]
+    header: dict[str, Any]  # checked
     tensors_begin: int
     n_bytes: int
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read all of a checkpoint but its tensors. Raises ValueError for a file that is damaged or of another format."""
-    damaged = f"checkpoint {path} is damaged"
+    """Raises ValueError for a file that is damaged, of another format, or lies about its content."""
     if not path.is_file():
         raise ValueError(f"checkpoint {path} is no regular file: name one that a run wrote")
     with path.open("rb") as file:
         prefix = file.read(CHECKPOINT_PREFIX.size)
         if len(prefix) < CHECKPOINT_PREFIX.size or not prefix.startswith(CHECKPOINT_MAGIC):
             raise ValueError(f"{path} is no checkpoint of train_gpt.py: it does not start with {CHECKPOINT_MAGIC!r}")
-        _, crc32, text_bytes = CHECKPOINT_PREFIX.unpack(prefix)
-        if text_bytes > MAX_CHECKPOINT_JSON_BYTES:
-            raise ValueError(f"{damaged} (JSON of {text_bytes} bytes): take an older one")
-        text = file.read(text_bytes)
+        _, crc32, header_bytes = CHECKPOINT_PREFIX.unpack(prefix)
+        if header_bytes > MAX_CHECKPOINT_JSON_BYTES:
+            raise ValueError(f"checkpoint {path} is damaged (JSON of {header_bytes} bytes): take an older one")
+        text = file.read(header_bytes)
+        tensors_begin = file.tell()
         found_crc32 = zlib.crc32(text)
         while piece := file.read(2**20):
             found_crc32 = zlib.crc32(piece, found_crc32)
         n_bytes = file.tell()
     if found_crc32 != crc32:
-        raise ValueError(f"{damaged} (checksum): take an older one")
+        raise ValueError(f"checkpoint {path} is damaged (checksum): take an older one")
 
     try:
         header = json.loads(text)
-        if header["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"format {header['format']!r:.100}, not {CHECKPOINT_FORMAT}")
-        progress = progress_from_json(header["progress"])
-        seconds = {phase: require_seconds(spent) for phase, spent in header["seconds"].items()}
-        # They become keys of the log.
-        if not all(re.fullmatch("[a-z]{1,20}", phase) for phase in seconds):
-            raise ValueError("it has phases of no run")
-        settings = dict(header["settings"])
-        given = dict(header["given"])
-        if settings.keys() != SETTINGS or not given.keys() <= SETTINGS:
-            raise ValueError("it has not the settings of this script")
-        if not all(type(text) is str and "\0" not in text for text in given.values()):
-            raise ValueError("it has settings that no environment holds")
-        checkpoint = Checkpoint(
-            path=path,
-            settings=settings,
-            given=given,
-            data=dict(header["data"]),
-            progress=progress,
-            seconds=seconds,
-            launch=str(header["launch"]),
-            code_sha256=str(header["code_sha256"]),
-            table=list(header["tensors"]),
-            tensors_begin=len(prefix) + len(text),
-            n_bytes=n_bytes,
-        )
+        check_checkpoint_header(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"checkpoint {path} was not written by this version of the script ({error!s:.300}): use the one that did"
         ) from None
-    return checkpoint
+    return Checkpoint(path, header, tensors_begin, n_bytes)
 
 
-def require_seconds(x: Any) -> float:
-    """A number that may be seconds, nats or bits. Raises ValueError for anything else, NaN included."""
-    if type(x) not in (int, float) or not 0 <= x < 1e15:
-        raise ValueError(f"{x!r:.100} is no number from 0 to 1e15")
-    return float(x)
+def check_checkpoint_header(header: Mapping[str, Any]) -> None:
+    """Raise ValueError, or one of the errors that read_checkpoint catches, for a header that no run writes."""
+    if header["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"format {header['format']!r:.100}, not {CHECKPOINT_FORMAT}")
+    given = header["given"]
+    if not given.keys() <= SETTINGS - PLACES:
+        raise ValueError("it has settings that this script does not have")
+    if not all(type(text) is str and "\0" not in text for text in given.values()):
+        raise ValueError("it has settings that no environment holds")
 
-
-def progress_from_json(found: Mapping[str, Any]) -> Progress:
-    """Raises ValueError, or one of the errors that read_checkpoint catches, if it is none that a run has."""
-    values = dict[str, Any]()
-    for field in dataclasses.fields(Progress):
-        value = found[field.name]
-        if field.name == "average":
-            values[field.name] = []
-        elif field.name in ("recent_losses", "recent_seconds"):
-            values[field.name] = deque(map(require_seconds, value), maxlen=10)
-        elif field.name in ("step", "resumes"):
-            values[field.name] = int(require_seconds(value))
-        else:
-            values[field.name] = require_seconds(value)
-    progress = Progress(**values)
-    if progress.step < 1 or not progress.recent_seconds:
+    progress = header["progress"]
+    seconds = header["seconds"]
+    expected_types = {name: type(value) for name, value in Progress().as_json().items()}
+    if {name: type(value) for name, value in progress.items()} != expected_types:
+        raise ValueError("it has a progress of no run")
+    numbers = [value for value in progress.values() if type(value) is not list]
+    numbers += [*progress["recent_losses"], *progress["recent_seconds"], *seconds.values()]
+    # The comparison is also false for NaN.
+    if not all(type(number) in (int, float) and 0 <= number < 1e15 for number in numbers):
+        raise ValueError("it has a progress or seconds of no run")
+    if progress["step"] == 0 or not progress["recent_seconds"]:
         raise ValueError("it keeps no step")
-    return progress
+    # They become keys of the log.
+    if not all(re.fullmatch("[a-z]{1,20}", phase) for phase in seconds):
+        raise ValueError("it has phases of no run")
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -2652,7 +2624,7 @@ def find_checkpoint(env: Mapping[str, str]) -> Checkpoint | None:
     found = [checkpoint for folder in folders if (checkpoint := newest_checkpoint(folder))]
     if not resume:
         launch = env.get("TORCHELASTIC_RUN_ID", "")
-        found = [checkpoint for checkpoint in found if checkpoint.launch == launch]
+        found = [checkpoint for checkpoint in found if checkpoint.header["launch"] == launch]
     if len(found) > 1:
         names = ", ".join(str(checkpoint.path.parent) for checkpoint in found)
         raise ValueError(f"RESUME=1 may mean {names}: name the one with RESUME")
@@ -2665,60 +2637,62 @@ def find_checkpoint(env: Mapping[str, str]) -> Checkpoint | None:
 def settings_to_go_on(checkpoint: Checkpoint, env: Mapping[str, str]) -> dict[str, str]:
     """The settings of a checkpoint's run that `env` leaves open. It goes on in the folder that the checkpoint is in.
 
-    Raises ValueError for another preset, whose settings would be told apart one by one later on.
+    Raises ValueError, naming the differences, for settings that contradict the checkpoint's.
     """
-    preset = checkpoint.settings["PRESET"]
-    if env.get("PRESET", preset) != preset:
-        raise ValueError(f"PRESET={env['PRESET']}, but RESUME={checkpoint.path} is of PRESET={preset}: unset PRESET")
-    folder = checkpoint.path.parent.absolute()
-    known = {**checkpoint.given, "RUN_ID": folder.name, "OUT_DIR": os.path.relpath(folder.parent)}
-    left_open = {name: text for name, text in known.items() if name not in env}
-    return {**left_open, "RESUME": str(checkpoint.path)}
-
-
-def require_same_run(checkpoint: Checkpoint, data: Mapping[str, Any], config: GPTConfig, hp: Hyperparameters) -> None:
-    """Raise ValueError, naming the difference, unless these settings and data are those of the checkpoint."""
     path = checkpoint.path
-    here = settings_as_text(config, hp)
+    given = checkpoint.header["given"]
+    preset = given.get("PRESET", Hyperparameters.preset)
+    if env.get("PRESET", preset) != preset:
+        raise ValueError(f"PRESET={env['PRESET']}, but RESUME={path} is of PRESET={preset}: unset PRESET")
+
+    folder = path.parent.resolve()
+    known = {**given, "RUN_ID": folder.name, "OUT_DIR": os.path.relpath(folder.parent)}
+    found = {name: text for name, text in known.items() if name not in env}
+    found["RESUME"] = str(path)
+    here = all_settings({**env, **found})
+    there = all_settings(given)
     differences = []
-    for name, value in checkpoint.settings.items():
+    for name, value in there.items():
         if name not in MAY_CHANGE and here[name] != value:
-            differences.append(f"{name}={here[name]} instead of {value!s:.100}")
+            differences.append(f"{name}={here[name]} instead of {value}")
     if differences:
         raise ValueError(
             f"RESUME={path} was written with other settings. Unset these, or train anew: {', '.join(differences):.600}"
         )
-    for name, value in data.items():
-        if checkpoint.data.get(name) != value:
-            raise ValueError(
-                f"DATA_PATH={hp.data_path} is not the data of RESUME={path}, {name} differs: name that data"
-            )
-    if checkpoint.progress.step > hp.iterations:
-        raise ValueError(f"RESUME={path} is at step {checkpoint.progress.step} of {hp.iterations}: train anew")
-    if path.parent.resolve() != hp.run_folder.resolve():
-        raise ValueError(f"RESUME={path} goes on in its own folder, not in {hp.run_folder}: unset OUT_DIR and RUN_ID")
+    run_folder = Path(here["OUT_DIR"], here["RUN_ID"])
+    if run_folder.resolve() != folder:
+        raise ValueError(f"RESUME={path} goes on in its own folder, not in {run_folder}: unset OUT_DIR and RUN_ID")
+    step = checkpoint.header["progress"]["step"]
+    if step > here["ITERATIONS"]:
+        raise ValueError(f"RESUME={path} is at step {step} of ITERATIONS={here['ITERATIONS']}: train anew")
+    return found
 
-    # Weights and at least as much for the optimizers. So no small file makes us allocate a large model.
+
+def require_room_for_model(checkpoint: Checkpoint, config: GPTConfig) -> None:
+    """Raise ValueError if a checkpoint is too small for its model, so that no small file makes us allocate a large one.
+
+    It holds the weights and, for the optimizers, at least as much again.
+    """
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in GPT(config).parameters())
     if checkpoint.n_bytes < 8 * n_parameters:
-        raise ValueError(f"RESUME={path} has {checkpoint.n_bytes} bytes, too few for {n_parameters} parameters")
+        raise ValueError(f"RESUME={checkpoint.path} has {checkpoint.n_bytes} bytes for {n_parameters} parameters")
 
 
 def restore(checkpoint: Checkpoint, learner: Learner, loader: Loader, run: Run) -> None:
     """Put everything that steps change to where it was. Raises ValueError if the tensors are those of another model."""
     progress = run.progress
-    kept = {**vars(checkpoint.progress), "average": progress.average, "resumes": checkpoint.progress.resumes + 1}
-    for name, value in kept.items():
-        setattr(progress, name, value)
-    for phase, spent in checkpoint.seconds.items():
+    for name, value in checkpoint.header["progress"].items():
+        setattr(progress, name, deque(value, maxlen=10) if isinstance(value, list) else value)
+    progress.resumes += 1
+    for phase, spent in checkpoint.header["seconds"].items():
         run.ledger.spent[phase] = run.ledger.spent.get(phase, 0.0) + spent
 
     # A step on one micro-batch makes the optimizers' tensors, which those of the file then replace.
     train_step(learner, loader.batch(0)[:1], 1.0, 0.0, run)
     tensors = changing_tensors(learner, progress)
     n_bytes = checkpoint.tensors_begin + 4 * sum(t.numel() for t in tensors.values())
-    if checkpoint.table != table_of(tensors) or checkpoint.n_bytes != n_bytes:
+    if checkpoint.header["tensors"] != table_of(tensors) or checkpoint.n_bytes != n_bytes:
         raise ValueError(f"RESUME={checkpoint.path} holds other tensors than this model has: train anew")
     with checkpoint.path.open("rb") as file:
         file.seek(checkpoint.tensors_begin)
@@ -4129,12 +4103,12 @@ def scored_otherwise(run: Run, identity: Mapping[str, Any], parts: ArtifactParts
 
 def changed_settings(config: GPTConfig, hp: Hyperparameters, env: Mapping[str, str]) -> dict[str, Any]:
     """What `env` sets to another value than the preset has, by name of the variable."""
-    only_preset = {"PRESET": hp.preset}
-    defaults = {**vars(from_env(GPTConfig, only_preset)), **vars(from_env(Hyperparameters, only_preset))}
+    defaults = all_settings({"PRESET": hp.preset})
     changed = {}
-    for name, value in {**vars(config), **vars(hp)}.items():
-        if name.upper() in env and value != defaults[name]:
-            changed[name.upper()] = value
+    for field, value in {**vars(config), **vars(hp)}.items():
+        name = field.upper()
+        if name in env and value != defaults[name]:
+            changed[name] = value
     return changed
 
 
@@ -4249,7 +4223,7 @@ def train_and_store(run: Run, data: Data, checkpoint: Checkpoint | None = None) 
         position = run.progress.position(hp)
         run.log0(f"resumed:{position} {run.progress.timing()} checkpoint:{checkpoint.path}")
         run.screen.tell(f"Going on at {position} from {checkpoint.path}")
-        if checkpoint.code_sha256 != hashlib.sha256(own_code()).hexdigest():
+        if checkpoint.header["code_sha256"] != hashlib.sha256(own_code()).hexdigest():
             run.warn("the script has changed since the checkpoint was written")
 
     def validate(looping: bool) -> Score:
@@ -4417,7 +4391,9 @@ def main() -> int:
     hp = dataclasses.replace(hp, run_id=world.agree_on_text(hp.run_id))
     data = open_data(config, hp, world)
     if checkpoint:
-        require_same_run(checkpoint, data.identity, config, hp)
+        require_room_for_model(checkpoint, config)
+        if checkpoint.header["data"] != data.identity:
+            raise ValueError(f"DATA_PATH={hp.data_path} is not the data of RESUME={checkpoint.path}: name that data")
     screen = Screen(world.rank == 0 and sys.stdout is not None and sys.stdout.isatty())
     log0 = RunLog(hp.run_folder, world, screen, goes_on=checkpoint is not None)
     run = Run(config, hp, world, ledger, log0, screen)

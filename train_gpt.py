@@ -2787,7 +2787,9 @@ def certain_symbols(frequencies: np.ndarray) -> np.ndarray:
     return np.where(is_certain, frequencies.argmax(axis=1), -1)
 
 
-def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray) -> Iterator[np.ndarray]:
+def decode_words(
+    data: bytes | memoryview, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray
+) -> Iterator[np.ndarray]:
     """Yields the symbols (R,) uint8 of one column after another, band after band.
 
     Raises ValueError for words that encode_words did not make, at the latest when all columns are read.
@@ -2795,7 +2797,7 @@ def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies:
     if len(data) < 4 * n_lanes or len(data) % 2:
         raise ValueError("its words are cut short")
     lanes = np.frombuffer(data, "<u4", n_lanes).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=4 * n_lanes).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * n_lanes)
     n_read = 0
 
     # The low bits of a lane tell the symbol: each has as many slots as its frequency says.
@@ -2855,12 +2857,15 @@ MAX_HEADER_BYTES = 2**20
 MAX_PARAMETERS = 2**28
 SMALL_FILE_PARAMETERS = 2**26
 PARAMETERS_PER_BYTE = 64
-# Of decoding. A step along the columns costs about as much as 1024 codes.
-STEP_WORK = 1024
-SMALL_FILE_WORK = 2**25
-WORK_PER_BYTE = 128
-# So many codes can be kept before it is certain that all words make sense.
-UNCHECKED_CODES = 2**25
+# Codes that are not certain have to be decoded before it turns out whether the words make sense. No run gives a code
+# less than half a bit (bytes_limit). On one slow core a code takes 20 ns and a step along the columns 25 us, so that a
+# file of up to 1 MB is refused within 2 s. A larger one may take as long as an honest one of its size.
+SMALL_FILE_CODES = 2**24
+CODES_PER_BYTE = 20
+SMALL_FILE_STEPS = 2**15
+BYTES_PER_STEP = 16
+# Codes that are kept, one byte each, before their words turn out to make sense. More are decoded twice.
+UNCHECKED_CODES = 3 * 2**24
 
 
 class StoredTensor(NamedTuple):
@@ -3001,8 +3006,8 @@ class ArtifactParts(NamedTuple):
 
     header: Header
     table: list[StoredTensor]
-    payload: bytes  # as it lies in the file, compressed
-    words: bytes
+    payload: memoryview  # as it lies in the file, compressed
+    words: memoryview
     path: Path
     n_bytes: int
     sha256: str
@@ -3014,7 +3019,7 @@ class Inflater:
     STREAM_PIECE = 2**8  # bytes, which stand for 264 kB at most
     SKIP_PIECE = 2**16  # bytes
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: memoryview) -> None:
         self.stream = stream
         self.n_taken = 0  # of its bytes
         self.unpacker = zlib.decompressobj()
@@ -3039,6 +3044,14 @@ class Inflater:
     def skip(self, n_bytes: int) -> None:
         for start in range(0, n_bytes, self.SKIP_PIECE):
             self.read(min(self.SKIP_PIECE, n_bytes - start))
+
+    def skip_floats(self, n_bytes: int, dtype: str) -> bool:
+        """Whether all of the next values are finite."""
+        all_finite = True
+        for start in range(0, n_bytes, self.SKIP_PIECE):
+            values = np.frombuffer(self.read(min(self.SKIP_PIECE, n_bytes - start)), dtype)
+            all_finite = all_finite and bool(np.isfinite(values).all())
+        return all_finite
 
     def finish(self) -> int:
         """The length of the stream in bytes. Raises ValueError if it holds anything more, or is cut short."""
@@ -3111,7 +3124,7 @@ def read_artifact(path: Path) -> ArtifactParts:
             most_bytes += FREQUENCY_BYTES + 4 * ANS_LANES + 2 * n_codes
         if n_bytes > most_bytes:
             raise ValueError(f"{path} has more bytes than its header describes: make it again")
-        body = file.read(n_bytes)
+        body = memoryview(file.read(n_bytes))
 
     if zlib.crc32(body, zlib.crc32(text)) != crc32:
         raise ValueError(f"{path} is damaged (checksum): copy or make it again")
@@ -3119,8 +3132,11 @@ def read_artifact(path: Path) -> ArtifactParts:
         payload_end = check_payload(body, table, header.codec)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
-    sha256 = hashlib.sha256(prefix + text + body).hexdigest()
-    return ArtifactParts(header, table, body[:payload_end], body[payload_end:], path, n_bytes, sha256)
+    hashed = hashlib.sha256(prefix + text)
+    hashed.update(body)
+    payload = body[:payload_end]
+    words = body[payload_end:]
+    return ArtifactParts(header, table, payload, words, path, n_bytes, hashed.hexdigest())
 
 
 def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
@@ -3133,7 +3149,7 @@ def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
     return tensor_table(model, header.codec)
 
 
-def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
+def check_payload(body: memoryview, table: list[StoredTensor], codec: str) -> int:
     """Walk through the payload at the start of `body` without keeping it. -> where it ends
 
     Raises ValueError for a payload of another size than its tensors have, and for values that are not finite.
@@ -3141,15 +3157,15 @@ def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
     inflater = Inflater(body)
     not_finite = ""
     for tensor in table:
+        is_finite = True
         if tensor.kind == "float32":
-            values = np.frombuffer(inflater.read(tensor.n_bytes), "<f4")
+            is_finite = inflater.skip_floats(tensor.n_bytes, "<f4")
         elif tensor.kind == "int8_rows":
-            values = np.frombuffer(inflater.read(2 * tensor.n_rows), "<f2")  # the scales
+            is_finite = inflater.skip_floats(2 * tensor.n_rows, "<f2")  # the scales
             inflater.skip(math.prod(tensor.shape))
         else:
-            values = np.empty(0)
             inflater.skip(tensor.n_bytes)
-        if not np.isfinite(values).all():
+        if not is_finite:
             not_finite = tensor.name
     if codec == "trellis_ans":
         inflater.skip(FREQUENCY_BYTES)
@@ -3210,10 +3226,12 @@ def decode_symbols(
         uncertain.append(CodedRows(lanes, band_classes[lanes], columns[name] if len(lanes) else 0))
     n_codes = sum(len(rows.lanes) * rows.n_columns for rows in uncertain)
     n_steps = sum(rows.n_columns for rows in uncertain)
-    if n_codes + STEP_WORK * n_steps > SMALL_FILE_WORK + WORK_PER_BYTE * parts.n_bytes:
+    too_many_codes = n_codes > SMALL_FILE_CODES + CODES_PER_BYTE * parts.n_bytes
+    too_many_steps = n_steps > SMALL_FILE_STEPS + parts.n_bytes // BYTES_PER_STEP
+    if too_many_codes or too_many_steps:
         raise ValueError(f"it describes {n_codes} codes in {parts.n_bytes} bytes, which no run does")
 
-    if n_codes > UNCHECKED_CODES + parts.n_bytes:
+    if n_codes > UNCHECKED_CODES:
         for _ in decode_words(parts.words, n_lanes, uncertain, frequencies):
             pass
     one_column_after_another = decode_words(parts.words, n_lanes, uncertain, frequencies)

@@ -1828,7 +1828,8 @@ def load_val_split(
     return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
 
 
-MAX_JSON_BYTES = 2**24
+# Parsed, some JSON takes 25 times as much memory.
+MAX_JSON_BYTES = 2**21
 
 
 def read_json(path: Path) -> dict[str, Any]:

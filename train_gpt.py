@@ -3433,7 +3433,8 @@ def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
             run = read_json(find_artifact(hp.eval_artifact).with_name("run.json"))
         for name in ("data_path", "tokenizer_path"):
             known = str(run.get(name, ""))
-            if known and name.upper() not in env and Path(known).exists():
+            # Unlike those of Path, these functions of os.path say no to a name that is too long.
+            if known and name.upper() not in env and os.path.exists(known):
                 found[name.upper()] = known
 
     data_path = Path(found.get("DATA_PATH", hp.data_path))
@@ -3441,14 +3442,14 @@ def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
         tokenizer = read_json(data_path / "manifest.json")["tokenizer"]
         file_name = str(tokenizer["file"])
         n_pieces = int(tokenizer["vocab_size"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return found
     if "VOCAB_SIZE" not in env and not hp.eval_artifact:
         found["VOCAB_SIZE"] = str(n_pieces)
     if "TOKENIZER_PATH" not in env and "TOKENIZER_PATH" not in found:
         for folder in (data_path.parent.parent / "tokenizers", data_path):
             path = folder / Path(file_name).name
-            if path.is_file() and path != Path(hp.tokenizer_path):
+            if os.path.isfile(path) and path != Path(hp.tokenizer_path):
                 found["TOKENIZER_PATH"] = str(path)
     return found
 

@@ -71,6 +71,7 @@ from record import (
     read_json,
     read_run,
     read_text,
+    record_folders,
     run_path,
     script_path,
     seeds_named,
@@ -653,9 +654,10 @@ def check_lineage(folder: Path, submission: Submission) -> Check:
     """What the script and its settings change in those of the record that it builds on."""
     if not submission.base:
         return Check("lineage", True, "it names no record that it builds on")
-    base = folder.parents[1] / submission.base
-    is_another = base.resolve() != folder.resolve()
-    if not re.fullmatch(r"track_\w+/[^/]+", submission.base) or not is_another or not script_path(base).is_file():
+    # Looked up among those that are there, because not every text can be a path.
+    bases = {f"{path.parent.name}/{path.name}": path for path in record_folders(folder.parents[1]) if path != folder}
+    base = bases.get(submission.base)
+    if base is None or not script_path(base).is_file():
         return Check("lineage", False, f"there is no record {submission.base!r}: name the base as <track>/<folder>")
     try:
         old_settings = load_submission(base).settings

@@ -1831,8 +1831,8 @@ def load_val_split(
     return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
 
 
-# Parsed, some JSON takes 25 times as much memory.
-MAX_JSON_BYTES = 2**21
+# Parsed, some JSON takes 35 times as much memory.
+MAX_JSON_BYTES = 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,10 +5,14 @@ A hostile file is refused with an error that its reader promises, in 2 s and in 
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fuzz
 import pytest
+import record
 
 import train_gpt as tg
 
@@ -36,6 +40,24 @@ def test_what_is_mutated_is_sound(tmp_path: Path):
     for name, data in fuzz.sound_record().items():
         (folder / name).write_bytes(data)
     assert [check for check in fuzz.verify.static_checks(folder) if not check.ok] == []
+
+
+@pytest.mark.parametrize("read", [record.read_json, tg.read_json, record.parse_log], ids=["claims", "manifest", "log"])
+def test_the_largest_json_and_log_take_64_mib_beyond_their_size(tmp_path: Path, read: Callable[[Any], Any]):
+    """Small objects take 35 times their text."""
+    path = tmp_path / "large"
+    if read is record.parse_log:
+        line = "step:1/9 train_loss:1.5 train_time:1ms\n"
+        keys = "".join(f"k{i}:{i} " for i in range(300)) + "\n"
+        path.write_text(keys + 99_000 * line)
+    else:
+        path.write_text('{"a": [' + '{"":{}},' * ((record.MAX_JSON_BYTES - 20) // 8) + "0]}")
+    tracemalloc.start()
+    try:
+        read(path.read_text() if read is record.parse_log else path)
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size + fuzz.MEMORY_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_reader_that_is_slow_or_breaks_is_found(tmp_path: Path):

@@ -335,10 +335,10 @@ def test_no_more_faults_are_looked_for_than_are_shown(claims, changes):
 
 
 def test_too_many_seeds_or_reviews_are_refused(tmp_path, claims):
-    """Reviews are looked through for every seed."""
+    """The runs of all seeds are kept, and reviews are looked through for each."""
     claims["seed_results"] = {str(i): claims["seed_results"]["1"] for i in range(record.MAX_SEEDS + 1)}
     (tmp_path / "submission.json").write_text(json.dumps(claims))
-    with pytest.raises(ValueError, match="501 seeds"):
+    with pytest.raises(ValueError, match="101 seeds"):
         record.load_submission(tmp_path)
     (tmp_path / "reviews.json").write_text("[" + "{}," * record.MAX_REVIEWS + "{}]")
     with pytest.raises(ValueError, match="501 reviews"):

@@ -396,11 +396,12 @@ def converted(value: Any, kind: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Bytes of a file of each kind. Files of other kinds have limits of their own.
-MAX_JSON_BYTES = 2**21
+# Bytes of a file of each kind. Files of other kinds have limits of their own. Parsed, some JSON takes 35 times as much.
+MAX_JSON_BYTES = 2**20
 MAX_TEXT_BYTES = 2**22  # of a log, a script or a README
-# Reviews are looked through for every seed.
-MAX_SEEDS = 500
+MAX_RUN_BYTES = 2**17
+# The JSON and the log of every seed are kept, and all reviews are looked through for each.
+MAX_SEEDS = 100
 MAX_REVIEWS = 500
 
 # No record is older than the published challenge, nor from the future. A day is allowed for other time zones.
@@ -436,13 +437,13 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def read_json(path: Path, strict: bool = True) -> Any:
+def read_json(path: Path, strict: bool = True, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The contents of a JSON file; ValueError if it is missing, is not JSON, or is JSON that two readers take apart.
 
     That is: a key twice in one object, NaN and infinity, and whole numbers beyond 64 bits. Files of others may hold
     these, and are read without `strict`.
     """
-    text = read_text(path, MAX_JSON_BYTES)
+    text = read_text(path, max_bytes)
     try:
         if not strict:
             return json.loads(text)
@@ -793,7 +794,7 @@ def run_types() -> dict[str, Any]:
 
 def read_run(path: Path) -> dict[str, Any]:
     """The JSON of a training run; ValueError if it is anything else."""
-    run = read_json(path)
+    run = read_json(path, max_bytes=MAX_RUN_BYTES)
     if found := run_faults(run):
         raise ValueError(f"{path} is not the JSON of a training run: {'; '.join(found[:6])}")
     return run

@@ -89,7 +89,7 @@ sys.path.append(str(ROOT / "data"))  # for the model of a tokenizer
 MAX_PROBLEMS = 6  # in the reason of one check
 MAX_CHANGES = 8  # settings that differ from the base, in the reason of one check
 # Bytes of a file in a record, by the end of its name; an artifact and the data are as large as the claims say.
-MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
+MAX_FILE_BYTES = {".md": 2**20, ".json": 2**20, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
 DATA_FILE = re.compile(r"fineweb_val_(bytes_)?\d{6}\.bin|manifest\.json|tokenizer\.model")
 SHARD_HEADER_BYTES = 1024  # uint16 values follow it (data/shards.py)
 MAX_TOKENIZER_BYTES = 2**22

@@ -2865,8 +2865,9 @@ MAX_PARAMETERS = 2**28
 SMALL_FILE_PARAMETERS = 2**26
 PARAMETERS_PER_BYTE = 64
 # Codes that are not certain have to be decoded before it turns out whether the words make sense. No run gives a code
-# less than half a bit (bytes_limit). On one slow core a code takes 20 ns and a step along the columns 25 us, so that a
-# file of up to 1 MB is refused within 2 s. A larger one may take as long as an honest one of its size.
+# less than half a bit (bytes_limit), and a step along the columns yields hundreds of codes. Only models of 256 layers
+# with at most 128 channels come near the caps, at 1 bit per code. On one slow core a code takes 20 ns and a step 25 us,
+# so that a file of up to 1 MB is refused within 2 s. A larger one may take as long as an honest one of its size.
 SMALL_FILE_CODES = 2**24
 CODES_PER_BYTE = 20
 SMALL_FILE_STEPS = 2**15

@@ -1966,8 +1966,11 @@ def load_val_split(
     """
     stream = TokenStream(data_path, "fineweb_val_[0-9]*.bin")
     files = list(stream.files)
+    # In pieces, so that little of what is refused is ever copied.
+    n_tokens = 2**23
+    for start in range(0, len(stream), n_tokens):
+        stream.require_below(sp.get_piece_size(), stream.read(start, n_tokens), start)
     ids = stream.read(0, len(stream))
-    stream.require_below(sp.get_piece_size(), ids, 0)
 
     has_sidecar = any(Path(data_path).glob("fineweb_val_bytes_*.bin"))
     if has_sidecar:
@@ -2003,7 +2006,8 @@ def load_val_split(
     return ValSplit(ids[:n_kept], n_bytes[:n_kept], identity)
 
 
-MAX_JSON_BYTES = 2**24
+# Parsed, some JSON takes 35 times as much memory.
+MAX_JSON_BYTES = 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -2048,7 +2052,10 @@ def check_manifest(folder: Path, files: list[Path], tokenizer_sha256: str) -> di
             "export the data again"
         )
 
-    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    found = dict[str, str]()
+    for file in files:
+        with file.open("rb") as opened:
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     for name in sorted({*found, *listed}):
         if found.get(name) != listed.get(name):
             raise ValueError(f"{folder / name} contradicts {path}: fetch or export the data again")
@@ -3373,7 +3380,9 @@ def certain_symbols(frequencies: np.ndarray) -> np.ndarray:
     return np.where(is_certain, frequencies.argmax(axis=1), -1)
 
 
-def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray) -> Iterator[np.ndarray]:
+def decode_words(
+    data: bytes | memoryview, n_lanes: int, bands: list[CodedRows], frequencies: np.ndarray
+) -> Iterator[np.ndarray]:
     """Yields the symbols (R,) uint8 of one column after another, band after band.
 
     Raises ValueError for words that encode_words did not make, at the latest when all columns are read.
@@ -3381,7 +3390,7 @@ def decode_words(data: bytes, n_lanes: int, bands: list[CodedRows], frequencies:
     if len(data) < 4 * n_lanes or len(data) % 2:
         raise ValueError("its words are cut short")
     lanes = np.frombuffer(data, "<u4", n_lanes).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=4 * n_lanes).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * n_lanes)
     n_read = 0
 
     # The low bits of a lane tell the symbol: each has as many slots as its frequency says.
@@ -3441,12 +3450,16 @@ MAX_HEADER_BYTES = 2**20
 MAX_PARAMETERS = 2**28
 SMALL_FILE_PARAMETERS = 2**26
 PARAMETERS_PER_BYTE = 64
-# Of decoding. A step along the columns costs about as much as 1024 codes.
-STEP_WORK = 1024
-SMALL_FILE_WORK = 2**25
-WORK_PER_BYTE = 128
-# So many codes can be kept before it is certain that all words make sense.
-UNCHECKED_CODES = 2**25
+# Codes that are not certain have to be decoded before it turns out whether the words make sense. No run gives a code
+# less than half a bit (bytes_limit), and a step along the columns yields hundreds of codes. Only models of 256 layers
+# with at most 128 channels come near the caps, at 1 bit per code. On one slow core a code takes 20 ns and a step 25 us,
+# so that a file of up to 1 MB is refused within 2 s. A larger one may take as long as an honest one of its size.
+SMALL_FILE_CODES = 2**24
+CODES_PER_BYTE = 20
+SMALL_FILE_STEPS = 2**15
+BYTES_PER_STEP = 16
+# Codes that are kept, one byte each, before their words turn out to make sense. More are decoded twice.
+UNCHECKED_CODES = 3 * 2**24
 
 
 class StoredTensor(NamedTuple):
@@ -3587,8 +3600,8 @@ class ArtifactParts(NamedTuple):
 
     header: Header
     table: list[StoredTensor]
-    payload: bytes  # as it lies in the file, compressed
-    words: bytes
+    payload: memoryview  # as it lies in the file, compressed
+    words: memoryview
     path: Path
     n_bytes: int
     sha256: str
@@ -3600,7 +3613,7 @@ class Inflater:
     STREAM_PIECE = 2**8  # bytes, which stand for 264 kB at most
     SKIP_PIECE = 2**16  # bytes
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: memoryview) -> None:
         self.stream = stream
         self.n_taken = 0  # of its bytes
         self.unpacker = zlib.decompressobj()
@@ -3625,6 +3638,14 @@ class Inflater:
     def skip(self, n_bytes: int) -> None:
         for start in range(0, n_bytes, self.SKIP_PIECE):
             self.read(min(self.SKIP_PIECE, n_bytes - start))
+
+    def skip_floats(self, n_bytes: int, dtype: str) -> bool:
+        """Whether all of the next values are finite."""
+        all_finite = True
+        for start in range(0, n_bytes, self.SKIP_PIECE):
+            values = np.frombuffer(self.read(min(self.SKIP_PIECE, n_bytes - start)), dtype)
+            all_finite = all_finite and bool(np.isfinite(values).all())
+        return all_finite
 
     def finish(self) -> int:
         """The length of the stream in bytes. Raises ValueError if it holds anything more, or is cut short."""
@@ -3697,7 +3718,7 @@ def read_artifact(path: Path) -> ArtifactParts:
             most_bytes += FREQUENCY_BYTES + 4 * ANS_LANES + 2 * n_codes
         if n_bytes > most_bytes:
             raise ValueError(f"{path} has more bytes than its header describes: make it again")
-        body = file.read(n_bytes)
+        body = memoryview(file.read(n_bytes))
 
     if zlib.crc32(body, zlib.crc32(text)) != crc32:
         raise ValueError(f"{path} is damaged (checksum): copy or make it again")
@@ -3705,8 +3726,11 @@ def read_artifact(path: Path) -> ArtifactParts:
         payload_end = check_payload(body, table, header.codec)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged, {error}: copy or make it again") from None
-    sha256 = hashlib.sha256(prefix + text + body).hexdigest()
-    return ArtifactParts(header, table, body[:payload_end], body[payload_end:], path, n_bytes, sha256)
+    hashed = hashlib.sha256(prefix + text)
+    hashed.update(body)
+    payload = body[:payload_end]
+    words = body[payload_end:]
+    return ArtifactParts(header, table, payload, words, path, n_bytes, hashed.hexdigest())
 
 
 def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
@@ -3719,7 +3743,7 @@ def check_shape(header: Header, n_bytes: int) -> list[StoredTensor]:
     return tensor_table(model, header.codec)
 
 
-def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
+def check_payload(body: memoryview, table: list[StoredTensor], codec: str) -> int:
     """Walk through the payload at the start of `body` without keeping it. -> where it ends
 
     Raises ValueError for a payload of another size than its tensors have, and for values that are not finite.
@@ -3727,15 +3751,15 @@ def check_payload(body: bytes, table: list[StoredTensor], codec: str) -> int:
     inflater = Inflater(body)
     not_finite = ""
     for tensor in table:
+        is_finite = True
         if tensor.kind == "float32":
-            values = np.frombuffer(inflater.read(tensor.n_bytes), "<f4")
+            is_finite = inflater.skip_floats(tensor.n_bytes, "<f4")
         elif tensor.kind == "int8_rows":
-            values = np.frombuffer(inflater.read(2 * tensor.n_rows), "<f2")  # the scales
+            is_finite = inflater.skip_floats(2 * tensor.n_rows, "<f2")  # the scales
             inflater.skip(math.prod(tensor.shape))
         else:
-            values = np.empty(0)
             inflater.skip(tensor.n_bytes)
-        if not np.isfinite(values).all():
+        if not is_finite:
             not_finite = tensor.name
     if codec == "trellis_ans":
         inflater.skip(FREQUENCY_BYTES)
@@ -3796,10 +3820,12 @@ def decode_symbols(
         uncertain.append(CodedRows(lanes, band_classes[lanes], columns[name] if len(lanes) else 0))
     n_codes = sum(len(rows.lanes) * rows.n_columns for rows in uncertain)
     n_steps = sum(rows.n_columns for rows in uncertain)
-    if n_codes + STEP_WORK * n_steps > SMALL_FILE_WORK + WORK_PER_BYTE * parts.n_bytes:
+    too_many_codes = n_codes > SMALL_FILE_CODES + CODES_PER_BYTE * parts.n_bytes
+    too_many_steps = n_steps > SMALL_FILE_STEPS + parts.n_bytes // BYTES_PER_STEP
+    if too_many_codes or too_many_steps:
         raise ValueError(f"it describes {n_codes} codes in {parts.n_bytes} bytes, which no run does")
 
-    if n_codes > UNCHECKED_CODES + parts.n_bytes:
+    if n_codes > UNCHECKED_CODES:
         for _ in decode_words(parts.words, n_lanes, uncertain, frequencies):
             pass
     one_column_after_another = decode_words(parts.words, n_lanes, uncertain, frequencies)
@@ -4000,7 +4026,8 @@ def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
             run = read_json(find_artifact(hp.eval_artifact).with_name("run.json"))
         for name in ("data_path", "tokenizer_path"):
             known = str(run.get(name, ""))
-            if known and name.upper() not in env and Path(known).exists():
+            # Unlike those of Path, these functions of os.path say no to a name that is too long.
+            if known and name.upper() not in env and os.path.exists(known):
                 found[name.upper()] = known
 
     data_path = Path(found.get("DATA_PATH", hp.data_path))
@@ -4008,14 +4035,14 @@ def settings_from_files(env: Mapping[str, str]) -> dict[str, str]:
         tokenizer = read_json(data_path / "manifest.json")["tokenizer"]
         file_name = str(tokenizer["file"])
         n_pieces = int(tokenizer["vocab_size"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return found
     if "VOCAB_SIZE" not in env and not hp.eval_artifact:
         found["VOCAB_SIZE"] = str(n_pieces)
     if "TOKENIZER_PATH" not in env and "TOKENIZER_PATH" not in found:
         for folder in (data_path.parent.parent / "tokenizers", data_path):
             path = folder / Path(file_name).name
-            if path.is_file() and path != Path(hp.tokenizer_path):
+            if os.path.isfile(path) and path != Path(hp.tokenizer_path):
                 found["TOKENIZER_PATH"] = str(path)
     return found
 

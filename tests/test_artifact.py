@@ -10,6 +10,7 @@ import math
 import os
 import re
 import struct
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -378,10 +379,11 @@ def test_header_of_a_huge_model_is_refused_before_anything_is_allocated(parts, r
 def pack_zeros() -> Callable[..., bytes]:
     """A function that packs a model of zeros, which may say that codes are not certain to be zeros.
 
-    `doubt` is by how much the frequency of code 0 is below 1, in units of 2**-14.
+    `doubt` is by how much the frequency of code 0 is below 1, in units of 2**-14. `words` follow those of the codes,
+    which are left out unless they are `coded`.
     """
 
-    def pack(doubt: int = 0, words: bytes = b"", **shape: int) -> bytes:
+    def pack(doubt: int = 0, words: bytes = b"", coded: bool = False, **shape: int) -> bytes:
         config = tg.GPTConfig(**shape, eval_seq_len=16)
         with torch.device("meta"):
             model = tg.GPT(config)
@@ -391,9 +393,16 @@ def pack_zeros() -> Callable[..., bytes]:
         frequencies[:, 127] = doubt
         header = {"format": tg.ARTIFACT_FORMAT, "codec": "trellis_ans", "config": dataclasses.asdict(config)}
         payload = bytes(sum(tensor.n_bytes for tensor in table)) + frequencies.tobytes()
-        n_lanes = max(rows.stop - rows.start for _, rows in tg.bands_of(table))
-        lanes = np.full(n_lanes, tg.LANE_LOW, "<u4").tobytes()
-        return Parts({**header, "states": 8, "step": 0.5}, payload, lanes + words).file()
+        bands = tg.bands_of(table)
+        if coded:
+            columns = {tensor.name: tensor.shape[-1] for tensor in table}
+            shapes = [(rows.stop - rows.start, columns[name]) for name, rows in bands]
+            pairs = [(np.full(shape, 128, np.uint8), np.zeros(shape[0], np.uint8)) for shape in shapes]
+            words = tg.encode_words(pairs, frequencies.astype(np.int64)) + words
+        else:
+            n_lanes = max(rows.stop - rows.start for _, rows in bands)
+            words = np.full(n_lanes, tg.LANE_LOW, "<u4").tobytes() + words
+        return Parts({**header, "states": 8, "step": 0.5}, payload, words).file()
 
     return pack
 
@@ -418,8 +427,6 @@ def test_model_of_zeros_in_the_shape_of_the_record_loads(pack_zeros, tmp_path):
         (THIN_SHAPE, 0, b"\1\2", "words do not end where they should"),
         (THIN_SHAPE, 1, b"", "which no run does"),
         ({**THIN_SHAPE, "num_layers": 100}, 0, b"", "parameters are more than an artifact"),
-        # The most that is decoded before anything is noticed: 2**25 units of work.
-        ({"model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "num_loops": 0, "num_layers": 45}, 1, b"\1\2", "words"),
     ],
 )
 def test_few_bytes_that_stand_for_a_huge_model_are_refused_soon(pack_zeros, refused, shape, doubt, words, message):
@@ -432,20 +439,89 @@ def test_few_bytes_that_stand_for_a_huge_model_are_refused_soon(pack_zeros, refu
     assert time.process_time() - begin < 4  # 2 without tracemalloc
 
 
-def test_value_that_is_not_finite_is_found_before_memory_is_taken_for_the_others(refused):
-    """60 kB of zlib stand for 60 MB of zeros, before the scale that is none."""
+# Reads files, and prints for each what its refusal took: seconds of this process, bytes beyond what it held before.
+MEASURE = """
+import ctypes, json, sys, time
+from pathlib import Path
+import torch
+import train_gpt as tg
+
+torch.set_num_threads(1)
+
+def peak_bytes():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+def refusal(path):
+    try:
+        tg.load_artifact(path)
+    except ValueError as error:
+        return str(error)
+
+refusal(sys.argv[1])
+for path in sys.argv[1:]:
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    held = peak_bytes()
+    begin = time.process_time()
+    reason = refusal(path)
+    print(json.dumps([reason, time.process_time() - begin, peak_bytes() - held]))
+"""
+ONE_LAYER = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "num_loops": 0, "rope_dims": 0, "mlp_mult": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells the peak of memory")
+def test_refusing_the_worst_files_takes_two_seconds_and_64_mib(pack_zeros, tmp_path):
+    """Each uses up one of the caps, and turns out to be wrong at its very end."""
+    wide = {**ONE_LAYER, "vocab_size": 49_000}
+    narrow = {**ONE_LAYER, "vocab_size": 8, "num_layers": 62, "model_dim": 2, "mlp_mult": 256}
+    wrong_end = b"\1\2"
+    config = tg.GPTConfig(**{**ONE_LAYER, "vocab_size": 65_536}, model_dim=1000, eval_seq_len=16)
+    header = {"format": tg.ARTIFACT_FORMAT, "config": dataclasses.asdict(config)}
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in tg.GPT(config).parameters())
+    too_long = bytes(4 * n_parameters + 1)
+
+    files = {
+        "many codes": pack_zeros(1, wrong_end, coded=True, **wide, model_dim=328),
+        "as many codes as are kept": pack_zeros(1, bytes(1_600_000), coded=True, **wide, model_dim=870),
+        "many steps": pack_zeros(1, wrong_end, coded=True, **narrow),
+        "certain codes": pack_zeros(0, wrong_end, **{**wide, "vocab_size": 65_536}, model_dim=930),
+        "floats": Parts({**header, "codec": "float32"}, too_long, b"").file(),
+        "scales": Parts({**header, "codec": "int8_zlib"}, too_long[: n_parameters + 2**18], b"").file(),
+        "objects in the header": sealed(zlib.compress(b"[" + b'{"":{}},' * 130_000 + b"0]"), b""),
+    }
+    paths = [tmp_path / name for name in files]
+    for path in paths:
+        path.write_bytes(files[path.name])
+    environment = {**os.environ, "PYTHONPATH": str(Path(tg.__file__).parent)}
+    command = [sys.executable, "-c", MEASURE, *map(str, paths)]
+    lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    for path, line in zip(paths, lines, strict=True):
+        reason, seconds, n_bytes = json.loads(line)
+        print(f"{path.name}: {path.stat().st_size} bytes, {seconds:.2f} s, {n_bytes / 2**20:.1f} MiB: {reason}")
+        assert "no model" in reason or "not end where they should" in reason or "another size" in reason
+        assert seconds < 4  # 2 on an idle machine
+        assert n_bytes < path.stat().st_size + 2**26
+
+
+@pytest.mark.parametrize("codec", ["int8_zlib", "float32"], indirect=True)
+def test_value_that_is_not_finite_is_found_before_memory_is_taken_for_the_others(refused, codec):
+    """60 kB of zlib stand for 60 MB of zeros or more, before the scale or the float that is none."""
     config = tg.GPTConfig(vocab_size=8, num_layers=20, num_loops=0, eval_seq_len=16)
     with torch.device("meta"):
-        table = tg.tensor_table(tg.GPT(config), "int8_zlib")
+        table = tg.tensor_table(tg.GPT(config), codec)
     packer = zlib.compressobj()
     payload = b""
     for tensor in table:
         if tensor.name == "blocks.19.mlp.proj.weight":
-            payload += packer.compress(b"\xff" * 2 * tensor.n_rows + bytes(math.prod(tensor.shape)))
+            n_bad = 2 * tensor.n_rows
+            payload += packer.compress(b"\xff" * n_bad + bytes(tensor.n_bytes - n_bad))
         else:
             payload += packer.compress(bytes(tensor.n_bytes))
     payload += packer.flush()
-    header = {"format": tg.ARTIFACT_FORMAT, "codec": "int8_zlib", "config": dataclasses.asdict(config)}
+    header = {"format": tg.ARTIFACT_FORMAT, "codec": codec, "config": dataclasses.asdict(config)}
     hostile = sealed(zlib.compress(json.dumps(header).encode()), payload)
     with memory_below(2**23):
         assert "blocks.19.mlp.proj.weight that is not finite" in refused(hostile)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -490,6 +491,25 @@ def test_val_token_outside_the_vocabulary_is_named_with_file_and_offset(load, fo
     write_shard(folder / "fineweb_val_000001.bin", [*data.val[400:410], 320, *data.val[411:]])
     with pytest.raises(ValueError, match=r"fineweb_val_000001\.bin .*\b320\b.* 10\b.*VOCAB_SIZE=320"):
         load()
+
+
+def test_last_token_of_a_large_shard_is_refused_before_the_others_are_copied(load, folder):
+    """640 MiB for a shard of 256 MiB."""
+    path = folder / "fineweb_val_000001.bin"
+    n_tokens = 2**26
+    write_shard(path, [0])
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(n_tokens.to_bytes(4, "little"))
+        file.seek(1024 + 2 * n_tokens - 2)
+        file.write(b"\xff\xff")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"fineweb_val_000001\.bin .*65535 at offset {n_tokens - 1},"):
+            load()
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_manifest_adds_the_identity_of_the_text(load):

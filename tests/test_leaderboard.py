@@ -546,6 +546,13 @@ def test_logs_that_cannot_be_drawn_are_left_out(records: Records):
     assert [run["train"] for drawn in page.figure_data(table) for run in drawn["runs"]] == [[(2, None, 1.5)]]
 
 
+def test_a_log_that_cannot_be_read_is_not_drawn(records: Records):
+    folder = records.add("A", "2026-01-01", [1.2])
+    (folder / "train_seed1.log").write_text("\n" * 200_000)
+    [table] = [table for table in records.board().tables if table.rows]
+    assert page.figure_data(table) == []
+
+
 def test_smoothing_keeps_ends_and_straight_lines():
     line = [record.CurvePoint(step, float(step), 1 + step / 100) for step in range(1, 50)]
     assert page.thinned(line, 2) == [(step, seconds, round(loss, 4)) for step, seconds, loss in line]

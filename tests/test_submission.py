@@ -87,6 +87,20 @@ def test_any_text_is_a_log(text):
     record.parse_log("\n".join(f"step:1/2 train_loss:{part} val_bpb:{part}" for part in text.split()))
 
 
+KEYS = "\n".join(" ".join(f"k{line}_{i}:1" for i in range(201)) for line in range(100))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n" * 100_001, "a\r" * 100_001, "\u2028" * 100_001, KEYS],
+    ids=["lines", "lines of old editors", "lines of Unicode", "keys"],
+)
+def test_a_log_of_more_than_a_run_prints_is_refused(text):
+    """4 MB of keys took 53 MiB."""
+    with pytest.raises(ValueError, match="a log has more than"):
+        record.parse_log(text)
+
+
 # --- Published folders ---
 
 
@@ -308,6 +322,27 @@ def test_every_fault_is_named(claims):
     assert names == {f"x.{name}" for name in (*tops, "seed_results.1.steps")}
     with pytest.raises(ValueError, match=re.escape("; ".join(found))):
         record.from_json(record.Submission, claims, "x")
+
+
+@pytest.mark.parametrize("changes", [{"seed_results": {}}, {"benchmarks": ""}, {}], ids=["seeds", "benchmarks", "keys"])
+def test_no_more_faults_are_looked_for_than_are_shown(claims, changes):
+    """1.7 MB of empty seeds took 230 MB for messages that nobody reads."""
+    for key, value in changes.items():
+        claims[key] = {str(i): value for i in range(20_000)}
+    if not changes:
+        claims |= {str(i): 0 for i in range(20_000)}
+    assert len(record.faults(claims, record.Submission, "x")) <= 2 * record.MAX_FAULTS
+
+
+def test_too_many_seeds_or_reviews_are_refused(tmp_path, claims):
+    """The runs of all seeds are kept, and reviews are looked through for each."""
+    claims["seed_results"] = {str(i): claims["seed_results"]["1"] for i in range(record.MAX_SEEDS + 1)}
+    (tmp_path / "submission.json").write_text(json.dumps(claims))
+    with pytest.raises(ValueError, match="101 seeds"):
+        record.load_submission(tmp_path)
+    (tmp_path / "reviews.json").write_text("[" + "{}," * record.MAX_REVIEWS + "{}]")
+    with pytest.raises(ValueError, match="501 reviews"):
+        record.load_reviews(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["name", "author", "github_id", "blurb", "licence"])

@@ -12,6 +12,8 @@ same file, byte for byte. Its background is transparent and its colours can be r
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ COLOURS = ("#e8743b", "#4c8dd6", "#3da35d", "#b565c4", "#c7a008", "#d64c6f")
 FONT_SIZE = 13
 # The first steps fall so steeply that the rest of the curve would be flat: the loss axis starts behind them.
 SKIPPED_SHARE = 0.06
+# No run has a step, a second or a loss beyond this. Numbers so large would leave the axes without ticks.
+MAX_DRAWN = 1e12
 
 
 class Point(NamedTuple):
@@ -74,9 +78,10 @@ class Axis(NamedTuple):
 
 
 def to_points(curve: Sequence[CurvePoint], by_steps: bool) -> list[Point]:
-    """The points of a curve that can be drawn."""
+    """The points of a curve that can be drawn, from left to right."""
     points = [Point(float(p.step) if by_steps else p.seconds, p.loss) for p in curve]
-    return [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+    # Both comparisons are false for NaN.
+    return sorted(point for point in points if point.x < MAX_DRAWN and abs(point.y) < MAX_DRAWN)
 
 
 def smoothed(points: Sequence[Point], width: float) -> list[Point]:
@@ -84,11 +89,14 @@ def smoothed(points: Sequence[Point], width: float) -> list[Point]:
 
     The window is narrower near the start, where the loss falls so fast that a mean would be far from it.
     """
+    xs = [point.x for point in points]
+    sums = [0.0, *itertools.accumulate(point.y for point in points)]
     means = []
     for point in points:
-        reach = min(width / 2, point.x - points[0].x)
-        near = [other.y for other in points if abs(other.x - point.x) <= reach]
-        means.append(Point(point.x, sum(near) / len(near)))
+        reach = min(width / 2, point.x - xs[0])
+        first = bisect.bisect_left(xs, point.x - reach)
+        stop = bisect.bisect_right(xs, point.x + reach)
+        means.append(Point(point.x, (sums[stop] - sums[first]) / (stop - first)))
     return means
 
 

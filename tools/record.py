@@ -24,6 +24,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -295,7 +296,7 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
 
 
 def faults(value: Any, kind: Any, where: str) -> list[str]:
-    """Every reason why a JSON value is not of a type, each with the name of the value, which starts with `where`.
+    """Why a JSON value is not of a type: the first reasons, each with the name of the value, which starts with `where`.
 
     A type is made of dataclasses, dicts with keys of text, tuples of one type, literals, unions, NonBlank and scalars.
     """
@@ -309,11 +310,11 @@ def faults(value: Any, kind: Any, where: str) -> list[str]:
     if origin is dict:
         if not isinstance(value, dict):
             return [f"{where} is {value!r:.60}, not an object"]
-        return [fault for key, item in value.items() for fault in faults(item, parts[1], f"{where}.{key}")]
+        return first_faults(faults(item, parts[1], f"{where}.{key}") for key, item in value.items())
     if origin is tuple:
         if not isinstance(value, list):
             return [f"{where} is {value!r:.60}, not a list"]
-        return [fault for i, item in enumerate(value) for fault in faults(item, parts[0], f"{where}[{i}]")]
+        return first_faults(faults(item, parts[0], f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Literal:
         if value not in parts:
             return [f"{where} is {value!r:.60}, not one of {', '.join(map(str, parts))}"]
@@ -331,16 +332,26 @@ def faults(value: Any, kind: Any, where: str) -> list[str]:
     return []
 
 
+def first_faults(of_items: Iterable[list[str]]) -> list[str]:
+    """The faults of the items of a value, up to the first items that have as many as a message lists."""
+    found: list[str] = []
+    for faults_of_item in of_items:
+        found += faults_of_item
+        if len(found) >= MAX_FAULTS:
+            break
+    return found
+
+
 def object_faults(value: Any, cls: Any, where: str) -> list[str]:
-    """Every reason why a JSON value does not describe an instance of a dataclass."""
+    """Why a JSON value does not describe an instance of a dataclass."""
     if not isinstance(value, dict):
         return [f"{where} is {value!r:.60}, not an object"]
 
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(value.keys() - fields.keys())
+    unknown = sorted(value.keys() - fields.keys())[:MAX_FAULTS]
     found = [f"{where}.{name} is an unknown key: remove it, or move it to README.md" for name in unknown]
 
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = types_of(cls)
     for name, f in fields.items():
         has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if name in value:
@@ -348,6 +359,12 @@ def object_faults(value: Any, cls: Any, where: str) -> list[str]:
         elif not has_default:
             found.append(f"{where}.{name} is missing")
     return found
+
+
+@functools.cache
+def types_of(cls: Any) -> dict[str, Any]:
+    """The type of each field of a dataclass. To find them takes longer than to check a value, hence the cache."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def is_scalar(value: Any, kind: type) -> bool:
@@ -363,7 +380,7 @@ def converted(value: Any, kind: Any) -> Any:
     """The Python object for a JSON value in which `faults` found nothing wrong."""
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = types_of(typing.cast(Any, kind))
         arguments = {name: converted(item, hints[name]) for name, item in value.items()}
         return typing.cast(Any, kind)(**arguments)
     if origin is dict:
@@ -379,9 +396,13 @@ def converted(value: Any, kind: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# Bytes of a file of each kind. Files of other kinds have limits of their own.
-MAX_JSON_BYTES = 2**21
+# Bytes of a file of each kind. Files of other kinds have limits of their own. Parsed, some JSON takes 35 times as much.
+MAX_JSON_BYTES = 2**20
 MAX_TEXT_BYTES = 2**22  # of a log, a script or a README
+MAX_RUN_BYTES = 2**17
+# The JSON and the log of every seed are kept, and all reviews are looked through for each.
+MAX_SEEDS = 100
+MAX_REVIEWS = 500
 
 # No record is older than the published challenge, nor from the future. A day is allowed for other time zones.
 FIRST_DAY = datetime.date(2026, 1, 1)
@@ -416,13 +437,13 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def read_json(path: Path, strict: bool = True) -> Any:
+def read_json(path: Path, strict: bool = True, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The contents of a JSON file; ValueError if it is missing, is not JSON, or is JSON that two readers take apart.
 
     That is: a key twice in one object, NaN and infinity, and whole numbers beyond 64 bits. Files of others may hold
     these, and are read without `strict`.
     """
-    text = read_text(path, MAX_JSON_BYTES)
+    text = read_text(path, max_bytes)
     try:
         if not strict:
             return json.loads(text)
@@ -529,8 +550,11 @@ def data_path(folder: Path) -> Path:
 
 
 def load_submission(folder: Path) -> Submission:
-    """ValueError if submission.json is missing, is not JSON, or does not fit class Submission."""
-    return from_json(Submission, read_json(folder / "submission.json"), "submission.json")
+    """ValueError if submission.json is missing, is not JSON, does not fit class Submission, or has too many seeds."""
+    submission = from_json(Submission, read_json(folder / "submission.json"), "submission.json")
+    if len(submission.seed_results) > MAX_SEEDS:
+        raise ValueError(f"submission.json has {len(submission.seed_results)} seeds, and at most {MAX_SEEDS} are read")
+    return submission
 
 
 # Keys of submission.json that our records have and the published challenge does not, and some that both have.
@@ -557,13 +581,15 @@ def save_submission(folder: Path, submission: Submission) -> None:
 
 
 def load_reviews(folder: Path) -> list[Review]:
-    """All reviews, oldest first; ValueError if reviews.json is there but is damaged."""
+    """All reviews, oldest first; ValueError if reviews.json is there but is damaged, or has too many."""
     path = folder / "reviews.json"
     if not path.exists():
         return []
     entries = read_json(path)
     if not isinstance(entries, list):
         raise ValueError("reviews.json holds no list")
+    if len(entries) > MAX_REVIEWS:
+        raise ValueError(f"reviews.json has {len(entries)} reviews, and at most {MAX_REVIEWS} are read")
     return [from_json(Review, entry, f"reviews.json[{i}]") for i, entry in enumerate(entries)]
 
 
@@ -778,7 +804,7 @@ def run_types() -> dict[str, Any]:
 
 def read_run(path: Path) -> dict[str, Any]:
     """The JSON of a training run; ValueError if it is anything else."""
-    run = read_json(path)
+    run = read_json(path, max_bytes=MAX_RUN_BYTES)
     if found := run_faults(run):
         raise ValueError(f"{path} is not the JSON of a training run: {'; '.join(found[:6])}")
     return run
@@ -798,7 +824,7 @@ def run_faults(run: Any) -> list[str]:
     kinds |= {key: float for key in run if key.startswith("seconds_")}
     if "settings_changed" in run:
         kinds["settings_changed"] = dict[str, Any]
-    return [fault for name, kind in kinds.items() for fault in faults(run[name], kind, name)]
+    return first_faults(faults(run[name], kind, name) for name, kind in kinds.items())
 
 
 def script_settings(source: str) -> set[str]:
@@ -903,8 +929,8 @@ def require_equal(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> Non
 # ----------------------------------------------------------------------------------------------------------------------
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(?![\w.])"
-STEP_LINE = re.compile(rf"(?:step:)?(\d+)/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
-RESUMED_LINE = re.compile(r"resumed:step:(\d+)/")
+STEP_LINE = re.compile(rf"(?:step:)?(\d{{1,12}})/\d+ (train|val)_loss: ?{NUMBER}(?: val_bpb: ?{NUMBER})?(.*)")
+RESUMED_LINE = re.compile(r"resumed:step:(\d{1,12})/")
 TRAIN_TIME = re.compile(r"train_time: ?(\d+(?:\.\d+)?) ?(ms|m|s)?")
 SECONDS_PER_UNIT = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 1.0}
 SCORE_LINE = re.compile(rf"([A-Za-z]\w*) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(.*)")
@@ -921,6 +947,9 @@ NAMED_VALUES = {
 # No real log comes near these, and reading stays fast.
 MAX_LINE = 4000  # characters
 MAX_LINES = 100_000
+MAX_VALUES = 20_000
+# Where str.splitlines ends a line.
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 class CurvePoint(NamedTuple):
@@ -954,9 +983,9 @@ class RunLog(NamedTuple):
 def parse_log(text: str) -> RunLog:
     """Read a log of this project or of the published challenge. Lines of any other form are skipped.
 
-    ValueError for one with more lines than a run prints.
+    ValueError for one with more lines, or more keys, than a run prints.
     """
-    if text.count("\n") > MAX_LINES:
+    if sum(text.count(end) for end in LINE_ENDS) > MAX_LINES:
         raise ValueError(f"a log has more than {MAX_LINES} lines")
     log = RunLog([], [], {}, {})
     for line in text.splitlines():
@@ -975,7 +1004,8 @@ def parse_log(text: str) -> RunLog:
         resumed = RESUMED_LINE.match(line)
         if resumed:
             for curve in (log.train_curve, log.val_curve):
-                curve[:] = [point for point in curve if point.step <= int(resumed[1])]
+                while curve and curve[-1].step > int(resumed[1]):
+                    curve.pop()
 
         # A score of a part of the split is not a result.
         score = SCORE_LINE.match(line)
@@ -988,4 +1018,6 @@ def parse_log(text: str) -> RunLog:
         for key, pattern in NAMED_VALUES.items():
             if found := pattern.search(line):
                 log.values[key] = found[1]
+        if len(log.values) + len(log.scores) > MAX_VALUES:
+            raise ValueError(f"a log has more than {MAX_VALUES} keys")
     return log

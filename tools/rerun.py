@@ -337,8 +337,11 @@ def check_training(submission: Submission, seed: str, retrained: Retrained) -> C
 
 def check_curve(old_log: str, retrained: Retrained, submission: Submission) -> Check:
     """Whether the losses of the new training go down as those in the record's log, step by step."""
-    old = parse_log(old_log).train_curve
-    new = parse_log(retrained.log).train_curve
+    try:
+        old = parse_log(old_log).train_curve
+        new = parse_log(retrained.log).train_curve
+    except ValueError as error:
+        return Check("curve", False, str(error))
     problems = []
     if not submission.settings.get("max_wallclock_seconds") and last_step(old) != last_step(new):
         problems.append(f"{last_step(new)} steps, the record's log has {last_step(old)}")

@@ -71,6 +71,7 @@ from record import (
     read_json,
     read_run,
     read_text,
+    record_folders,
     run_path,
     script_path,
     seeds_named,
@@ -88,7 +89,7 @@ sys.path.append(str(ROOT / "data"))  # for the model of a tokenizer
 MAX_PROBLEMS = 6  # in the reason of one check
 MAX_CHANGES = 8  # settings that differ from the base, in the reason of one check
 # Bytes of a file in a record, by the end of its name; an artifact and the data are as large as the claims say.
-MAX_FILE_BYTES = {".md": 2**20, ".json": 2**21, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
+MAX_FILE_BYTES = {".md": 2**20, ".json": 2**20, ".log": 2**22, ".svg": 2**22, ".png": 2**22, ".py": 2**20}
 DATA_FILE = re.compile(r"fineweb_val_(bytes_)?\d{6}\.bin|manifest\.json|tokenizer\.model")
 SHARD_HEADER_BYTES = 1024  # uint16 values follow it (data/shards.py)
 MAX_TOKENIZER_BYTES = 2**22
@@ -653,9 +654,10 @@ def check_lineage(folder: Path, submission: Submission) -> Check:
     """What the script and its settings change in those of the record that it builds on."""
     if not submission.base:
         return Check("lineage", True, "it names no record that it builds on")
-    base = folder.parents[1] / submission.base
-    is_another = base.resolve() != folder.resolve()
-    if not re.fullmatch(r"track_\w+/[^/]+", submission.base) or not is_another or not script_path(base).is_file():
+    # Looked up among those that are there, because not every text can be a path.
+    bases = {f"{path.parent.name}/{path.name}": path for path in record_folders(folder.parents[1]) if path != folder}
+    base = bases.get(submission.base)
+    if base is None or not script_path(base).is_file():
         return Check("lineage", False, f"there is no record {submission.base!r}: name the base as <track>/<folder>")
     try:
         old_settings = load_submission(base).settings

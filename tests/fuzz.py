@@ -337,10 +337,15 @@ def build_shard(choices: Choices) -> bytes:
     return changed
 
 
+def read_by_script(path: Path) -> np.ndarray:
+    shard = tg.Shard(path)
+    return shard.read(0, len(shard))
+
+
 def read_shard(path: Path) -> None:
     """Both readers agree; then the split with this shard, or with these byte counts, is loaded."""
     outcomes = []
-    for read in (tg.read_shard, shards.read_shard):
+    for read in (read_by_script, shards.read_shard):
         try:
             outcomes.append(read(path).tolist())
         except ValueError:
@@ -488,6 +493,81 @@ def read_log(path: Path) -> None:
 # -- Running them ----------------------------------------------------------------------------------------------------
 
 
+# -- Checkpoint ------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_SETTINGS = {
+    "PRESET": "smoke",
+    "VOCAB_SIZE": "1024",
+    "NUM_LAYERS": "2",
+    "MODEL_DIM": "8",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "ROPE_DIMS": "2",
+    "TRAIN_SEQ_LEN": "16",
+    "TRAIN_BATCH_TOKENS": "32",
+}
+
+
+def new_run(env: dict[str, str], folder: Path) -> tuple[tg.Learner, tg.Loader, tg.Run]:
+    """A run at its start, on the first validation shard as if it were text to train on."""
+    config = tg.from_env(tg.GPTConfig, env)
+    hp = dataclasses.replace(tg.from_env(tg.Hyperparameters, env), out_dir=str(folder), run_id="run")
+    world = tg.World()
+    model = tg.GPT(config)
+    tg.init_weights(model, hp)
+    run = tg.Run(config, hp, world, tg.Ledger(world.device), log0=lambda line: None)
+    run.progress.average = [p.detach().clone() for p in model.parameters()] if hp.ema_decay else []
+    stream = tg.TokenStream(str(train_folder()), "fineweb_train_*.bin")
+    loader = tg.Loader(stream, hp, config.vocab_size, world)
+    return tg.Learner(model, model.loss, tg.build_optimizers(model, hp, world)), loader, run
+
+
+@functools.cache
+def train_folder() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    write_data(folder, {"fineweb_train_000000.bin": sound_data()["fineweb_val_000000.bin"]})
+    return folder
+
+
+@functools.cache
+def sound_checkpoint() -> tuple[dict[str, Any], bytes]:
+    """Header and tensors after two steps."""
+    folder = Path(tempfile.mkdtemp())
+    learner, loader, run = new_run(CHECKPOINT_SETTINGS, folder)
+    for step in range(2):
+        loss = tg.train_step(learner, loader.batch(step), 1.0, 0.9, run).train_loss
+        run.progress.finish_step(float(loss), step + 1.0)
+    writer = tg.CheckpointWriter(learner, {"train_tokens": N_TOKENS}, run)
+    writer.start()
+    writer.finish()
+    data = (folder / "run" / "checkpoint_000000000002.ckpt").read_bytes()
+    begin = tg.CHECKPOINT_PREFIX.size
+    tensors_begin = begin + tg.CHECKPOINT_PREFIX.unpack_from(data)[2]
+    header = json.loads(data[begin:tensors_begin])
+    return {**header, "given": CHECKPOINT_SETTINGS}, data[tensors_begin:]
+
+
+def build_checkpoint(choices: Choices) -> bytes:
+    header, tensors = sound_checkpoint()
+    part = choices.number(4)
+    text = json_file(header, choices) if part <= 1 else json.dumps(header).encode()
+    if part in (1, 2):
+        tensors = changed_bytes(tensors, choices)
+    body = text + tensors
+    data = tg.CHECKPOINT_PREFIX.pack(tg.CHECKPOINT_MAGIC, zlib.crc32(body), len(text)) + body
+    return changed_bytes(data, choices) if part == 3 else data
+
+
+def read_checkpoint(path: Path) -> None:
+    """ValueError, or a run that goes on as far as its tensors."""
+    checkpoint = tg.read_checkpoint(path)
+    found = tg.settings_to_go_on(checkpoint, {})
+    tg.require_room_for_model(checkpoint, tg.from_env(tg.GPTConfig, found))
+    learner, loader, run = new_run(found, path.parent)
+    tg.restore(checkpoint, learner, loader, run)
+    json.dumps(run.progress.as_json(), allow_nan=False)
+
+
 class Target(NamedTuple):
     build: Callable[[Choices], bytes]
     read: Callable[[Path], None]
@@ -500,6 +580,7 @@ def claims_target(name: str) -> Target:
 
 TARGETS = {
     "artifact": Target(build_artifact, read_artifact),
+    "checkpoint": Target(build_checkpoint, read_checkpoint),
     "shard": Target(build_shard, read_shard),
     "manifest": Target(build_manifest, read_both_manifests),
     "submission": claims_target("submission.json"),

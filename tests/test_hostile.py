@@ -17,7 +17,16 @@ import record
 import train_gpt as tg
 
 # Records are slower to check than single files to read.
-N_MUTATIONS = {"artifact": 300, "log": 300, "manifest": 200, "shard": 150, "submission": 150, "run": 80, "reviews": 80}
+N_MUTATIONS = {
+    "artifact": 300,
+    "checkpoint": 200,
+    "log": 300,
+    "manifest": 200,
+    "shard": 150,
+    "submission": 150,
+    "run": 80,
+    "reviews": 80,
+}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
@@ -31,6 +40,9 @@ def test_what_is_mutated_is_sound(tmp_path: Path):
     for packed in fuzz.sound_artifacts():
         path.write_bytes(packed)
         tg.load_artifact(path)
+
+    path.write_bytes(fuzz.build_checkpoint(fuzz.Choices(b"")))
+    fuzz.read_checkpoint(path)
 
     fuzz.write_data(tmp_path / "data", {})
     fuzz.load_split(tmp_path / "data")

@@ -620,6 +620,8 @@ class World(NamedTuple):
 
 def has_ended(process: int) -> bool:
     """Whether a process of this machine is gone, or only waits for its parent to notice that it ended."""
+    if sys.platform == "win32":
+        return False  # where signal 0 is no question but Ctrl-C
     try:
         os.kill(process, 0)
     except ProcessLookupError:

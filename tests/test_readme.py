@@ -131,3 +131,11 @@ def test_submission_lines_of_the_readme_make_a_record(tmp_path, tiny_settings):
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert "MyIdea" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_tests_that_the_pages_name_exist():
+    study = (ROOT / "records" / "studies" / "2026-11-27_Survival" / "README.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README + study))
+    assert len(named) > 30
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []

@@ -63,7 +63,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TextIO, TypeVar, cast
+from typing import IO, Any, NamedTuple, TextIO, TypeVar, cast
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if __name__ == "__main__":
     # OpenMP reads this when torch is loaded. Threads that wait should sleep: by default they keep their core busy, and
@@ -561,6 +566,13 @@ def share(n: int, part: int, n_parts: int) -> range:
     return range(n * part // n_parts, n * (part + 1) // n_parts)
 
 
+# Under this name the launcher's store keeps the folder of the run.
+FOLDER_KEY = "folder of the run"
+
+# A rank that does not answer for so long ends the others. They wait for rank 0 while it encodes, which takes seconds.
+LONGEST_SILENCE = timedelta(minutes=10)
+
+
 class World(NamedTuple):
     """This process among the processes of the run."""
 
@@ -568,6 +580,7 @@ class World(NamedTuple):
     size: int = 1
     device: torch.device = torch.device("cpu")
     processes: tuple[tuple[int, int], ...] = ()  # of each rank: a number for its machine, and its process id
+    store: dist.Store | None = None  # the launcher's, which outlives the ranks under torchrun
 
     def share(self, n: int) -> range:
         """This rank's share of n things. The last rank's is among the largest."""
@@ -604,6 +617,16 @@ class World(NamedTuple):
             dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
         return shared[0]
 
+    def folder_of_last_attempt(self) -> str:
+        """The folder that the ranks wrote to before torchrun started them again; empty if there is none."""
+        known = self.rank == 0 and self.store is not None and self.store.check([FOLDER_KEY])
+        return self.agree_on_text(self.store.get(FOLDER_KEY).decode() if known and self.store else "")
+
+    def note_folder(self, folder: Path) -> None:
+        """Tell the next attempt where this one writes."""
+        if self.rank == 0 and self.store is not None:
+            self.store.set(FOLDER_KEY, str(folder))
+
     def dead_ranks(self) -> list[int]:
         """Ranks of this machine whose processes have ended. Waits for up to ten seconds until there is one."""
         machine, _ = self.processes[self.rank]
@@ -633,10 +656,6 @@ def has_ended(process: int) -> bool:
 
 # torchrun sets these, and so do other launchers. Those of a cluster's shell may be left over from something else.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-# A rank that does not answer for so long ends the others. Rank 0 needs minutes to encode a large model.
-LONGEST_SILENCE = timedelta(minutes=10)
 
 
 class Place(NamedTuple):
@@ -696,35 +715,48 @@ def start_world(env: Mapping[str, str]) -> World:
     else:
         device = torch.device("cpu")
 
-    if size > 1:
-        address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
-        # Variables of a launcher that are left over from something else would leave this process waiting in silence.
-        message = f"still waiting at {address} for {size} ranks, of which this is RANK={rank}: did they all start?"
-        reminder = threading.Timer(15.0, show, [message, sys.stderr])
-        reminder.daemon = True
-        reminder.start()
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_SILENCE))
-            # torchrun keeps its store for the next attempt, which must not find there where the ranks of this one met.
-            # Only on a single machine are attempts certain to have the same number everywhere.
-            if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
-                store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=LONGEST_SILENCE, world_size=size, rank=rank, store=store)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{address} is not where the {size} ranks meet ({reason:.200}): start with torchrun"
-            ) from None
-        finally:
-            reminder.cancel()
+    if size == 1 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return World(rank, size, device)
+    store = join_process_group(env, rank, size, device)
 
     # Later they can tell which of them has died.
     own_process = (zlib.crc32(socket.gethostname().encode()), os.getpid())
     processes = torch.zeros(size, 2, dtype=torch.int64)
     processes[rank] = torch.tensor(own_process)
     World(rank, size).sum_all([processes])
-    return World(rank, size, device, tuple((machine, process) for machine, process in processes.tolist()))
+    places = tuple((machine, process) for machine, process in processes.tolist())
+    return World(rank, size, device, places, store)
+
+
+def join_process_group(env: Mapping[str, str], rank: int, size: int, device: torch.device) -> dist.Store:
+    """Meet the other ranks, if there are any. -> the launcher's store. Raises ValueError if they do not meet."""
+    address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
+    # Variables of a launcher that are left over from something else would leave this process waiting in silence.
+    message = f"still waiting at {address} for {size} ranks, of which this is RANK={rank}: did they all start?"
+    reminder = threading.Timer(15.0, show, [message, sys.stderr])
+    reminder.daemon = True
+    reminder.start()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_SILENCE))
+        if size > 1:
+            # torchrun keeps its store for the next attempt, which must not find there where the ranks of this one met.
+            # Only on a single machine are attempts certain to have the same number everywhere.
+            attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+            is_one_machine = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                timeout=LONGEST_SILENCE,
+                world_size=size,
+                rank=rank,
+                store=dist.PrefixStore(f"attempt {attempt}", store) if is_one_machine else store,
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{address} is not where the {size} ranks meet ({reason:.200}): start with torchrun") from None
+    finally:
+        reminder.cancel()
+    return cast(dist.Store, store)
 
 
 def synchronize(device: torch.device) -> None:
@@ -943,6 +975,8 @@ class RunLog:
             raise ValueError(
                 f"OUT_DIR={folder.parent} cannot be written ({error.strerror}): make room there, or name another"
             ) from None
+        if not lock(self.file):
+            raise ValueError(f"RUN_ID={folder.name} in {folder} is still running: wait for it, or stop it first")
 
     def __call__(self, line: str) -> None:
         self.to_file(line)
@@ -991,6 +1025,19 @@ class RunLog:
         self.file.close()
         if self.unwritten:
             raise OSError(f"log {self.path} lacks its last {len(self.unwritten)} bytes: copy them from the screen")
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Whether no other process has the file now, nor will until this one ends. Taken for granted where locks fail."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def show(line: str, stream: TextIO | None) -> None:
@@ -2421,11 +2468,12 @@ def prime(learner: Learner, loader: Loader, run: Run) -> None:
 CHECKPOINT_MAGIC = b"GOLFRUN\n"
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_PREFIX = struct.Struct("<8sII")
-CHECKPOINT_FILES = "checkpoint_*.ckpt"
+CHECKPOINT_NAME = re.compile(r"checkpoint_\d{12}\.ckpt")
 CHECKPOINTS_KEPT = 2
+CHECKPOINT_KEYS = {"format", "run_id", "code_sha256", "given", "data", "progress", "seconds", "tensors"}
 MAX_CHECKPOINT_JSON_BYTES = 2**20
 
-# Where a run and its files lie. These are found again and not kept.
+# A run that goes on takes these from where its checkpoint lies.
 PLACES = {"RUN_ID", "OUT_DIR", "RESUME"}
 # What may change when a run goes on, because it moves files, or changes results by no more than rounding.
 MAY_CHANGE = PLACES | {
@@ -2450,7 +2498,20 @@ def changing_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"{key} {names[p]}"] = value
-    return tensors
+    return dict(sorted(tensors.items()))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("checkpoint_*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name))
+
+
+def remove_checkpoints(folder: Path, kept: Sequence[Path] = ()) -> None:
+    """Remove the checkpoints of a run but for some, and what a kill in the middle of writing one has left."""
+    unfinished = [path for path in folder.glob("checkpoint_*.ckpt.part") if CHECKPOINT_NAME.fullmatch(path.stem)]
+    for path in {*checkpoints_in(folder), *unfinished}.difference(kept):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def table_of(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
@@ -2471,7 +2532,7 @@ class CheckpointWriter:
         self.run = run
         self.seconds_at_last = run.progress.seconds
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def is_due(self) -> bool:
         every = self.run.hp.checkpoint_every
@@ -2490,7 +2551,7 @@ class CheckpointWriter:
         header = {
             "format": CHECKPOINT_FORMAT,
             "code_sha256": hashlib.sha256(own_code()).hexdigest(),
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            "run_id": run.hp.run_id,
             "given": {name: os.environ[name] for name in sorted(os.environ.keys() & SETTINGS - PLACES)},
             "data": self.data,
             "progress": run.progress.as_json(),
@@ -2509,11 +2570,12 @@ class CheckpointWriter:
             crc32 = zlib.crc32(piece, crc32)
         try:
             write_file(path, CHECKPOINT_PREFIX.pack(CHECKPOINT_MAGIC, crc32, len(header)), *pieces)
-        except OSError as error:
+        except Exception as error:  # there is nobody above a thread who would hear of it
             self.error = error
             return
-        written = sorted(path.parent.glob(CHECKPOINT_FILES))
-        remove_files(set(path.parent.glob("checkpoint_*")) - set(written[-CHECKPOINTS_KEPT:]))
+        # Later ones are from before the run went on from an earlier one.
+        until_now = [other for other in checkpoints_in(path.parent) if other <= path]
+        remove_checkpoints(path.parent, kept=until_now[-CHECKPOINTS_KEPT:])
 
     def finish(self) -> None:
         """Wait until the file that is being written is there, and say so if it cannot be."""
@@ -2523,12 +2585,6 @@ class CheckpointWriter:
         if self.error:
             self.run.warn(f"{self.error}; the run goes on, with older checkpoints or none")
         self.error = None
-
-
-def remove_files(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 class Checkpoint(NamedTuple):
@@ -2574,6 +2630,8 @@ def check_checkpoint_header(header: Mapping[str, Any]) -> None:
     """Raise ValueError, or one of the errors that read_checkpoint catches, for a header that no run writes."""
     if header["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"format {header['format']!r:.100}, not {CHECKPOINT_FORMAT}")
+    if header.keys() != CHECKPOINT_KEYS:
+        raise ValueError(f"keys {sorted(header)!r:.200}, not {sorted(CHECKPOINT_KEYS)}")
     given = header["given"]
     if not given.keys() <= SETTINGS - PLACES:
         raise ValueError("it has settings that this script does not have")
@@ -2595,11 +2653,13 @@ def check_checkpoint_header(header: Mapping[str, Any]) -> None:
     # They become keys of the log.
     if not all(re.fullmatch("[a-z]{1,20}", phase) for phase in seconds):
         raise ValueError("it has phases of no run")
+    if not all(type(name) is str for name, _ in header["tensors"]):
+        raise ValueError("it has tensors of no run")
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The last checkpoint of a run that can be read. Passes over damaged ones, with a word."""
-    for path in sorted(folder.glob(CHECKPOINT_FILES), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         try:
             return read_checkpoint(path)
         except (ValueError, OSError) as error:
@@ -2608,39 +2668,50 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def find_checkpoint(env: Mapping[str, str]) -> Checkpoint | None:
-    """The checkpoint to go on from: what RESUME names, or what torchrun's last attempt at this run left.
+    """The checkpoint that RESUME names; None if it is not set.
 
-    Raises ValueError if RESUME names none, or if it leaves open which run is meant.
+    Raises ValueError if there is none, or if RESUME=1 leaves open which run is meant.
     """
     # The other settings may make no sense before those of the checkpoint are added.
     resume = env.get("RESUME", "")
-    run_id = env.get("RUN_ID", "")
     out_dir = Path(env.get("OUT_DIR", Hyperparameters.out_dir))
-    is_new_attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if not resume and not is_new_attempt:
-        return None
-
-    place = Path(resume)
-    if resume not in ("", "1"):
-        if place.is_file() and not is_new_attempt:
-            return read_checkpoint(place)
-        folders = [place.parent if place.is_file() else place]
-    elif run_id:
-        folders = [out_dir / run_id]
-    else:
-        folders = sorted({path.parent for path in out_dir.glob(f"*/{CHECKPOINT_FILES}")})
-
-    found = [checkpoint for folder in folders if (checkpoint := newest_checkpoint(folder))]
     if not resume:
-        launch = env.get("TORCHELASTIC_RUN_ID", "")
-        found = [checkpoint for checkpoint in found if checkpoint.header["launch"] == launch]
-    if len(found) > 1:
-        names = ", ".join(str(checkpoint.path.parent) for checkpoint in found)
-        raise ValueError(f"RESUME=1 may mean {names}: name the one with RESUME")
-    if not found and resume:
-        where = " ".join(map(str, folders)) or str(out_dir)
+        return None
+    if Path(resume).is_file():
+        return read_checkpoint(Path(resume))
+
+    if resume != "1":
+        folders = [Path(resume)]
+    elif "RUN_ID" in env:
+        folders = [out_dir / env["RUN_ID"]]
+    else:
+        folders = sorted(path for path in out_dir.glob("*") if checkpoints_in(path))
+    if len(folders) > 1:
+        raise ValueError(f"RESUME=1 may mean {', '.join(map(str, folders))}: name the one with RESUME")
+    found = newest_checkpoint(folders[0]) if folders else None
+    if not found:
+        where = folders[0] if folders else out_dir
         raise ValueError(f"RESUME={resume}, but {where} holds no checkpoint to go on from: unset it to start anew")
-    return found[0] if found else None
+    return found
+
+
+def agree_on_checkpoint(env: Mapping[str, str], last_folder: str, world: World) -> Checkpoint | None:
+    """Rank 0's choice on all ranks: the newest of the run that torchrun's last attempt was at, or what RESUME names.
+
+    Raises ValueError, on all ranks, if RESUME names none.
+    """
+    path = ""
+    problem = ""
+    if world.rank == 0:
+        try:
+            found = newest_checkpoint(Path(last_folder)) if last_folder else find_checkpoint(env)
+            path = str(found.path) if found else ""
+        except ValueError as error:
+            problem = str(error)
+    if problem := world.agree_on_text(problem):
+        raise ValueError(problem)
+    path = world.agree_on_text(path)
+    return read_checkpoint(Path(path)) if path else None
 
 
 def settings_to_go_on(checkpoint: Checkpoint, env: Mapping[str, str]) -> dict[str, str]:
@@ -2655,26 +2726,29 @@ def settings_to_go_on(checkpoint: Checkpoint, env: Mapping[str, str]) -> dict[st
         raise ValueError(f"PRESET={env['PRESET']}, but RESUME={path} is of PRESET={preset}: unset PRESET")
 
     folder = path.parent.resolve()
-    known = {**given, "RUN_ID": folder.name, "OUT_DIR": os.path.relpath(folder.parent)}
-    found = {name: text for name, text in known.items() if name not in env}
-    found["RESUME"] = str(path)
-    here = all_settings({**env, **found})
-    there = all_settings(given)
+    of_run = {**given, "RUN_ID": folder.name, "OUT_DIR": os.path.relpath(folder.parent)}
+    adopted = {name: text for name, text in of_run.items() if name not in env}
+    adopted["RESUME"] = str(path)
+    now = all_settings({**env, **adopted})
     differences = []
-    for name, value in there.items():
-        if name not in MAY_CHANGE and here[name] != value:
-            differences.append(f"{name}={here[name]} instead of {value}")
+    for name, value in all_settings(given).items():
+        if name not in MAY_CHANGE and now[name] != value:
+            differences.append(f"{name}={now[name]} instead of {value}")
     if differences:
         raise ValueError(
             f"RESUME={path} was written with other settings. Unset these, or train anew: {', '.join(differences):.600}"
         )
-    run_folder = Path(here["OUT_DIR"], here["RUN_ID"])
+    run_folder = Path(now["OUT_DIR"], now["RUN_ID"])
     if run_folder.resolve() != folder:
         raise ValueError(f"RESUME={path} goes on in its own folder, not in {run_folder}: unset OUT_DIR and RUN_ID")
+    # Otherwise it might add to the files of another run.
+    run_id = checkpoint.header["run_id"]
+    if run_id != folder.name:
+        raise ValueError(f"RESUME={path} is of the run {run_id!r:.100}: move it into a folder of that name")
     step = checkpoint.header["progress"]["step"]
-    if step > here["ITERATIONS"]:
-        raise ValueError(f"RESUME={path} is at step {step} of ITERATIONS={here['ITERATIONS']}: train anew")
-    return found
+    if step > now["ITERATIONS"]:
+        raise ValueError(f"RESUME={path} is at step {step} of ITERATIONS={now['ITERATIONS']}: train anew")
+    return adopted
 
 
 def require_room_for_model(checkpoint: Checkpoint, config: GPTConfig) -> None:
@@ -2697,8 +2771,15 @@ def restore(checkpoint: Checkpoint, learner: Learner, loader: Loader, run: Run) 
     for phase, spent in checkpoint.header["seconds"].items():
         run.ledger.spent[phase] = run.ledger.spent.get(phase, 0.0) + spent
 
-    # A step on one micro-batch makes the optimizers' tensors, which those of the file then replace.
+    # A step on one micro-batch makes the optimizers' tensors, which those of the file then replace. What has had no
+    # gradient yet, because no layers were looped, has none.
     train_step(learner, loader.batch(0)[:1], 1.0, 0.0, run)
+    in_file = {name for name, _ in checkpoint.header["tensors"]}
+    names: dict[Tensor, str] = {p: name for name, p in learner.model.named_parameters()}
+    for optimizer in learner.optimizers:
+        for p, state in list(optimizer.state.items()):
+            if in_file.isdisjoint(f"{key} {names[p]}" for key in state):
+                del optimizer.state[p]
     tensors = changing_tensors(learner, progress)
     n_bytes = checkpoint.tensors_begin + 4 * sum(t.numel() for t in tensors.values())
     if checkpoint.header["tensors"] != table_of(tensors) or checkpoint.n_bytes != n_bytes:
@@ -2707,6 +2788,8 @@ def restore(checkpoint: Checkpoint, learner: Learner, loader: Loader, run: Run) 
         file.seek(checkpoint.tensors_begin)
         for t in tensors.values():
             values = np.fromfile(file, "<f4", t.numel()).astype(np.float32, copy=False)
+            if not np.isfinite(values).all():
+                raise ValueError(f"RESUME={checkpoint.path} holds values that are not finite: take an older one")
             t.copy_(torch.from_numpy(values).view(t.shape))
 
 
@@ -2723,8 +2806,8 @@ def require_equal_weights(weights: Sequence[Tensor], run: Run) -> None:
     if any(by_rank):
         ranks = ", ".join(str(rank) for rank, differs in enumerate(by_rank) if differs)
         raise ValueError(
-            f"after step {run.progress.step} the weights of rank {ranks} are not those of rank 0, so a device or its "
-            "memory is faulty: replace it, and go on from a checkpoint before that"
+            f"after step {run.progress.step} the weights of rank {ranks} are not those of rank 0, so a device is "
+            "faulty or of another kind: replace it, and go on from a checkpoint before that"
         )
 
 
@@ -2764,16 +2847,19 @@ def train(
 
         if finished:
             advance(1.0, progress.words(hp))
-            # What follows may take minutes and fail. From here the run can do it again.
+            # What follows may take minutes and fail. A run that goes on starts again from here.
             if progress.step and (hp.checkpoint_every or signals.stop):
                 checkpoints.start()
+                checkpoints.finish()
             signals.deferred = False
             if signals.stop:
-                checkpoints.finish()
                 raise KeyboardInterrupt
             if progress.average:
                 torch._foreach_copy_(weights, progress.average)
         if finished or (hp.val_loss_every and progress.step % hp.val_loss_every == 0):
+            # A signal has to wait until a validation is over, and whoever sent it may not wait so long.
+            if progress.step and hp.checkpoint_every and not finished:
+                checkpoints.start()
             run.ledger.switch("validate")
             require_equal_weights(weights, run)
             score = validate(looping)
@@ -2789,12 +2875,12 @@ def train(
             break
 
         scale = lr_scale(progress.step, progress.seconds, hp)
-        step = train_step(learner, batch, scale, muon_momentum(progress.step, hp), run, looping)
+        measured = train_step(learner, batch, scale, muon_momentum(progress.step, hp), run, looping)
         if progress.average:
             update_average(progress.average, weights, progress.step + 1, hp.ema_decay)
         # The next batch is prepared while a GPU is busy with the step. tolist() then waits for it.
         batch = loader.batch(progress.step + 1)
-        train_loss, gradient_norm = torch.stack(step).tolist()
+        train_loss, gradient_norm = torch.stack([measured.train_loss, measured.gradient_norm]).tolist()
         require_finite(train_loss, gradient_norm, run)
         if progress.is_spike(train_loss):
             run.warn(
@@ -2813,7 +2899,7 @@ def train(
         if epoch > loader.epoch(progress.step - 1):
             run.log0(f"epoch:{epoch + 1} starts at step:{progress.step}: the train split has been read to its end")
 
-        # Before the first step there was nothing to keep, and a signal ended the run at once.
+        # Until its first step is done, a process has nothing new to keep, and a signal ends it at once.
         signals.deferred = True
         if n_stops or n_keeps or checkpoints.is_due():
             checkpoints.start()
@@ -4147,11 +4233,13 @@ class Data(NamedTuple):
     train: Loader | None  # None if an artifact is only scored
     val: ValSplit
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self, config: GPTConfig) -> dict[str, Any]:
         """What must be the same when a run goes on."""
-        n_train_tokens = len(self.train.stream) if self.train else 0
-        return {"train_tokens": n_train_tokens, "val_shards_sha256": self.val.identity["val_shards_sha256"]}
+        return {
+            "train_tokens": len(self.train.stream) if self.train else 0,
+            "val_shards_sha256": self.val.identity["val_shards_sha256"],
+            "tokenizer_sha256": config.tokenizer_sha256,
+        }
 
 
 def open_data(config: GPTConfig, hp: Hyperparameters, world: World) -> Data:
@@ -4263,7 +4351,7 @@ def train_and_store(run: Run, data: Data, checkpoint: Checkpoint | None = None) 
             return evaluate(logits_fn, data.val, config, hp.val_batch_size, world, advance)
 
     with run.screen.bar("training") as advance:
-        checkpoints = CheckpointWriter(learner, data.identity, run)
+        checkpoints = CheckpointWriter(learner, data.identity(config), run)
         results = train(learner, loader, validate, run, checkpoints, advance)
 
     # What follows takes minutes, and may fail. Until it is done, the weights are kept as they are.
@@ -4410,21 +4498,25 @@ def main() -> int:
         return 0
     own_code()
     os.environ.update(read_arguments(sys.argv[1:]))
-    checkpoint = find_checkpoint(os.environ)
+    world = start_world(os.environ)
+    last_folder = world.folder_of_last_attempt()
+    checkpoint = agree_on_checkpoint(os.environ, last_folder, world)
     if checkpoint:
         os.environ.update(settings_to_go_on(checkpoint, os.environ))
+    elif last_folder:
+        os.environ.update(RUN_ID=Path(last_folder).name, OUT_DIR=str(Path(last_folder).parent))
     os.environ.update(settings_from_files(os.environ))
-    world = start_world(os.environ)
     ledger = Ledger(world.device)
     config, hp = resolve_settings(os.environ, world.device)
     hp = dataclasses.replace(hp, run_id=world.agree_on_text(hp.run_id))
     data = open_data(config, hp, world)
     if checkpoint:
         require_room_for_model(checkpoint, config)
-        if checkpoint.header["data"] != data.identity:
+        if checkpoint.header["data"] != data.identity(config):
             raise ValueError(f"DATA_PATH={hp.data_path} is not the data of RESUME={checkpoint.path}: name that data")
     screen = Screen(world.rank == 0 and sys.stdout is not None and sys.stdout.isatty())
-    log0 = RunLog(hp.run_folder, world, screen, goes_on=checkpoint is not None)
+    log0 = RunLog(hp.run_folder, world, screen, goes_on=bool(checkpoint or last_folder))
+    world.note_folder(hp.run_folder)
     run = Run(config, hp, world, ledger, log0, screen)
     run.signals.catch()
 
@@ -4459,7 +4551,7 @@ def what_is_left(run: Run) -> str:
     hp = run.hp
     artifact = hp.run_folder / ARTIFACT_NAMES[hp.codec]
     as_trained = hp.run_folder / ARTIFACT_NAMES["float32"]
-    checkpoints = sorted(hp.run_folder.glob(CHECKPOINT_FILES))
+    checkpoints = checkpoints_in(hp.run_folder)
     command = (
         f"python {sys.argv[0]}" if run.world.size == 1 else f"torchrun --nproc_per_node={run.world.size} {sys.argv[0]}"
     )
@@ -4498,7 +4590,7 @@ def write_results(results: dict[str, Any], hp: Hyperparameters) -> None:
         raise OSError(
             f"{hp.run_folder} is full or read-only: {' and '.join(misplaced)}. The run is complete, move them"
         )
-    remove_files(hp.run_folder.glob("checkpoint_*"))
+    remove_checkpoints(hp.run_folder)
     if not hp.eval_artifact and not point_to_latest(hp.run_folder):
         show(f"note: {hp.run_folder.with_name(LATEST)} does not lead to this run, links do not work there", sys.stderr)
 

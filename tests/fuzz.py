@@ -560,7 +560,10 @@ def build_checkpoint(choices: Choices) -> bytes:
 
 def read_checkpoint(path: Path) -> None:
     """ValueError, or a run that goes on as far as its tensors."""
-    checkpoint = tg.read_checkpoint(path)
+    run_folder = path.parent / "run"
+    run_folder.mkdir(exist_ok=True)
+    shutil.copyfile(path, run_folder / "checkpoint_000000000002.ckpt")
+    checkpoint = tg.read_checkpoint(run_folder / "checkpoint_000000000002.ckpt")
     found = tg.settings_to_go_on(checkpoint, {})
     tg.require_room_for_model(checkpoint, tg.from_env(tg.GPTConfig, found))
     learner, loader, run = new_run(found, path.parent)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,12 @@ def checkpoints(run: FinishedRun) -> list[str]:
     return sorted(path.name for path in run.run_folder.glob("checkpoint_*"))
 
 
+def keep_from(run: FinishedRun, folder: Path) -> FinishedRun:
+    """A copy of what a run left."""
+    shutil.copytree(run.folder, folder)
+    return run._replace(folder=folder)
+
+
 def curve(log: str) -> dict[int, str]:
     """The loss of every step, that of the last time if a step was done twice."""
     return dict(re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", log, re.MULTILINE))
@@ -113,9 +120,8 @@ def test_last_two_checkpoints_are_kept_and_either_leads_to_the_same_bits(run_sig
     older, newer = checkpoints(run)[:2]
     (run.run_folder / "checkpoint_000000000099.ckpt.part").write_bytes(b"half")
     for name in (older, newer):
-        again = tmp_path / name
-        subprocess.run(["cp", "-r", run.folder, again], check=True)
-        done = go_on(run._replace(folder=again), run_signalled, resume=f"runs/run/{name}", CHECKPOINT_EVERY="0")
+        again = keep_from(run, tmp_path / name)
+        done = go_on(again, run_signalled, resume=f"runs/run/{name}", CHECKPOINT_EVERY="0")
         assert done.status == 0, done.err
         assert done.artifact.read_bytes() == trained.artifact.read_bytes()
         assert sorted(path.name for path in done.run_folder.iterdir()) == [done.artifact.name, "log.txt", "run.json"]
@@ -132,6 +138,44 @@ def test_damaged_checkpoint_is_passed_over_for_the_older_one(run_signalled, trai
     assert f"warning: passed over: checkpoint runs/run/{newest.name} is damaged (checksum)" in done.err
     assert f"resumed:step:{int(newest.stem[-12:]) - 1}/30" in done.log
     assert done.artifact.read_bytes() == trained.artifact.read_bytes()
+
+
+def test_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(run_signalled, trained):
+    """What came after it may be what somebody wants to undo. Files that are not of the run stay."""
+    run = run_signalled(("SIGUSR1", 5), ("SIGUSR1", 15), ("SIGKILL", 20))
+    older, newer = checkpoints(run)
+    for name in ("checkpoint_best.ckpt", "checkpoint_notes.txt"):
+        shutil.copyfile(run.run_folder / newer, run.run_folder / name)
+
+    # Restoring the state takes a step too.
+    run = run_signalled(
+        ("SIGTERM", 3), folder=run.folder, **{**dict.fromkeys(tg.SETTINGS), "RESUME": f"runs/run/{older}"}
+    )
+    kept = "checkpoint_000000000007.ckpt"
+    assert f"the state is kept in runs/run/{kept}" in run.err
+    assert checkpoints(run) == [older, kept, "checkpoint_best.ckpt", "checkpoint_notes.txt"]
+    done = go_on(run, run_signalled)
+    assert done.artifact.read_bytes() == trained.artifact.read_bytes()
+    assert checkpoints(done) == ["checkpoint_best.ckpt", "checkpoint_notes.txt"]
+
+
+def test_run_that_is_still_going_on_is_not_resumed(run_signalled, cut_short, tmp_path):
+    with (cut_short.run_folder / "log.txt").open("ab") as log:
+        assert tg.lock(log)
+        refused = go_on(cut_short, run_signalled)
+    assert "runs/run is still running: wait for it, or stop it first" in refused.err
+
+
+@pytest.mark.parametrize("step", [3, 14, 25])
+def test_model_of_one_layer_goes_on_before_and_after_it_loops(
+    step, run_signalled, tmp_path, run_script, record_settings
+):
+    """Its skip weights have no gradient before, and so the optimizer keeps nothing of them."""
+    changes = {**record_settings, "NUM_LAYERS": "1", "XSA_LAST_N": "1", "LOOP_START": "0", "LOOP_END": "0"}
+    whole = run_script(**changes, CODEC="int8_zlib")
+    done = go_on(run_signalled(("SIGTERM", step), **changes, CODEC="int8_zlib"), run_signalled)
+    assert done.status == 0, done.err
+    assert done.artifact.read_bytes() == whole.artifact.read_bytes()
 
 
 def test_signal_that_asks_to_keep_the_state_does_not_end_the_run(run_signalled, trained):
@@ -250,9 +294,16 @@ def test_other_data_is_refused(cut_short, run_signalled, text):
 
 def test_runs_between_which_resume_cannot_choose_are_named(cut_short, run_signalled, tmp_path):
     for name in ("a", "b"):
-        subprocess.run(["cp", "-r", cut_short.run_folder, tmp_path / name], check=True)
+        shutil.copytree(cut_short.run_folder, tmp_path / name)
     refused = go_on(cut_short, run_signalled, OUT_DIR=str(tmp_path))
     assert f"RESUME=1 may mean {tmp_path}/a, {tmp_path}/b: name the one" in refused.err
+
+
+def test_checkpoint_in_the_folder_of_another_run_is_refused(cut_short, run_signalled, tmp_path):
+    """It would go on in that folder, and add to the other's log."""
+    shutil.copytree(cut_short.run_folder, tmp_path / "other")
+    refused = go_on(cut_short, run_signalled, resume=str(tmp_path / "other"))
+    assert "is of the run 'run': move it into a folder of that name" in refused.err
 
 
 def test_micro_batch_logging_and_number_of_ranks_may_differ(run_signalled, trained):
@@ -457,7 +508,8 @@ def memory_below(limit: int) -> Iterator[None]:
 # -- hostile checkpoints ---------------------------------------------------------------------------------------------
 
 
-class Kept(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kept:
     """A checkpoint taken apart, and what is needed to go on from it."""
 
     header: dict[str, Any]
@@ -470,6 +522,9 @@ class Kept(NamedTuple):
         text = header if isinstance(header, bytes) else json.dumps(self.header if header is None else header).encode()
         body = text + (self.tensors if tensors is None else tensors)
         return tg.CHECKPOINT_PREFIX.pack(b"GOLFRUN\n", zlib.crc32(body), len(text)) + body
+
+    def without(self, key: str) -> bytes:
+        return self.sealed({name: value for name, value in self.header.items() if name != key})
 
     def go_on(self, data: bytes) -> tg.Learner:
         """As main does, with a model that another seed has filled."""
@@ -508,8 +563,9 @@ def kept(cut_short, tmp_path_factory, tiny_settings) -> Kept:
 def test_checkpoint_put_together_again_is_read(kept):
     learner = kept.go_on(kept.sealed())
     stored = np.frombuffer(kept.tensors, "<f4")
-    weights = torch.cat([p.detach().flatten() for p in learner.model.parameters()])
-    assert np.array_equal(weights.numpy(), stored[: weights.numel()])
+    by_name = dict(learner.model.named_parameters())
+    weights = torch.cat([by_name[name].detach().flatten() for name in sorted(by_name)])
+    assert np.array_equal(weights.numpy(), stored[-weights.numel() :])
 
 
 def test_cut_lengthened_or_changed_checkpoint_is_refused(kept):
@@ -543,6 +599,13 @@ def test_cut_lengthened_or_changed_checkpoint_is_refused(kept):
 )
 def test_lying_checkpoint_is_refused(kept, change, message):
     assert message in kept.refused(kept.sealed({**kept.header, **change}))
+
+
+def test_checkpoint_that_lacks_a_key_or_has_values_that_are_not_finite_is_refused(kept):
+    for key in kept.header:
+        kept.refused(kept.without(key))
+    nan = np.array([np.nan], "<f4").tobytes()
+    assert "not finite" in kept.refused(kept.sealed(tensors=nan + kept.tensors[4:]))
 
 
 @pytest.mark.parametrize("change", [{"step": 31}, {"step": 10**400}, {"step": -1}, {"recent_seconds": []}], ids=str)
@@ -595,10 +658,15 @@ def test_mutated_checkpoint_is_refused_or_read(kept, data):
     header = json.loads(json.dumps(kept.header))
     for _ in range(data.draw(st.integers(1, 3))):
         place = header
+        if not place:
+            break
         key = data.draw(st.sampled_from(sorted(place)))
         if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
             place = place[key]
             key = data.draw(st.sampled_from(sorted(place)))
+        if data.draw(st.booleans()):
+            del place[key]
+            continue
         place[key] = data.draw(JUNK | st.integers(-2, 300) | st.integers(-2, 300).map(str))
     with contextlib.suppress(ValueError, FileNotFoundError):
         kept.go_on(kept.sealed(header))

@@ -241,13 +241,12 @@ def check_settings(plan: Plan) -> Findings:
 
     # As the script logs it: the dtype that was chosen is no setting of a person.
     asked = tg.from_env(tg.GPTConfig, plan.env)
-    only_preset = {"PRESET": hp.preset}
-    defaults = {**vars(tg.from_env(tg.GPTConfig, only_preset)), **vars(tg.from_env(tg.Hyperparameters, only_preset))}
+    defaults = tg.all_settings({"PRESET": hp.preset})
     changed = tg.changed_settings(asked, hp, plan.env)
     changed.pop("EVAL_ARTIFACT", None)
     for name, value in list(changed.items())[:SETTINGS_SHOWN]:
         source = ", from the manifest of the data" if name in plan.from_files else ""
-        was = defaults[name.lower()]
+        was = defaults[name]
         yield Finding("note", f"{name}={show_value(value)} instead of {show_value(was)}: {note_of(name)}{source}")
     if len(changed) > SETTINGS_SHOWN:
         yield Finding("note", f"also changed: {', '.join(list(changed)[SETTINGS_SHOWN:])}")

@@ -1003,9 +1003,12 @@ def parse_log(text: str) -> RunLog:
         # What a run did after the checkpoint that it went on from, it did again.
         resumed = RESUMED_LINE.match(line)
         if resumed:
-            for curve in (log.train_curve, log.val_curve):
-                while curve and curve[-1].step > int(resumed[1]):
-                    curve.pop()
+            last_step = int(resumed[1])
+            while log.train_curve and log.train_curve[-1].step > last_step:
+                log.train_curve.pop()
+            # The validation of that step comes again.
+            while log.val_curve and log.val_curve[-1].step >= last_step:
+                log.val_curve.pop()
 
         # A score of a part of the split is not a result.
         score = SCORE_LINE.match(line)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -100,6 +101,12 @@ class FinishedRun(NamedTuple):
     @property
     def losses(self) -> list[float]:
         return [float(x) for x in re.findall(r"train_loss:(\S+)", self.out)]
+
+
+# Shells ignore Ctrl-C for what they start in the background, and nohup a closed terminal. Runs inherit that and would
+# leave such signals alone, which tests send to them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

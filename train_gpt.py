@@ -28,6 +28,8 @@ Interface for tools (all that they may use; everything else is free to change):
          module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
          module.config                             GPTConfig
          load_predictor(path, device)              only in records that adapt to the text they score (tools/judge.py)
+         Cache(module)                             only in scripts that can generate without reading the text again for
+                                                   each token: module(ids, cache=cache) goes on behind the last call
 To import the script by path, enter the module into sys.modules before it is executed: dataclasses look it up there.
 """
 
@@ -1325,17 +1327,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
     """Attention for a CPU: block by block of queries, each on the keys up to its end. Up to twice as fast as SDPA.
 
-    `document`: (B, T) or (1, T) numbers of documents
+    The queries are those of the last tokens that have keys: all of them, unless a Cache holds keys of earlier tokens.
+    `document`: (B, T) or (1, T) numbers of documents, T the number of keys
     """
-    B, H, T, E = q.shape
-    K = k.size(1)
+    B, H, n_queries, E = q.shape
+    K, T = k.shape[1:3]
+    n_before = T - n_queries
     block_size = max(128, T // 8)
     position = torch.arange(T, device=q.device)
     outputs = []
-    for start in range(0, T, block_size):
+    for start in range(n_before, T, block_size):
         end = min(start + block_size, T)
         # Heads that share keys are stacked, so that one product serves them all.
-        queries = q[:, :, start:end].reshape(B, K, -1, E) * E**-0.5
+        queries = q[:, :, start - n_before : end - n_before].reshape(B, K, -1, E) * E**-0.5
         scores = (queries @ k[:, :, :end].mT).float().view(B, H, -1, end)
         visible = document[:, start:end, None] == document[:, None, :end]
         visible = visible & (position[start:end, None] >= position[:end])
@@ -1353,6 +1357,41 @@ def drop_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (y - along * direction).flatten(1, 2)
 
 
+class Past:
+    """Keys and values of the tokens that one pass through a layer has read, each (B, K, T, E)."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self.k = empty
+        self.v = empty
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of new tokens. -> those of all tokens so far"""
+        self.k = torch.cat((self.k, k), dim=2)
+        self.v = torch.cat((self.v, v), dim=2)
+        return self.k, self.v
+
+
+class Cache:
+    """What a model remembers of the rows that it has read, so that each further token costs one position only.
+
+    model(a, cache=cache) and then model(b, cache=cache) give the logits of model(a followed by b), in two parts.
+    """
+
+    def __init__(self, model: GPT, n_rows: int = 1) -> None:
+        config = model.config
+        weight = model.tok_emb.weight
+        shape = (n_rows, config.num_kv_heads, 0, config.head_dim)
+        empty = torch.empty(shape, dtype=model.compute_dtype, device=weight.device)
+        self.ids = torch.empty((n_rows, 0), dtype=torch.int64, device=weight.device)
+        # A layer that is looped sees another stream in each pass.
+        self.passes = [Past(empty) for _ in config.layer_order(looping=True)]
+
+    def extend(self, ids: Tensor) -> Tensor:
+        """Keep new tokens (B, T). -> all tokens so far"""
+        self.ids = torch.cat((self.ids, ids), dim=1)
+        return self.ids
+
+
 class Context(NamedTuple):
     """What all layers share in a forward pass."""
 
@@ -1360,6 +1399,7 @@ class Context(NamedTuple):
     cos: Tensor  # (T, R / 2)
     sin: Tensor  # (T, R / 2)
     mask: Mask
+    past: Past | None = None  # what this pass through a layer remembers, while text is generated
 
 
 class Attention(nn.Module):
@@ -1389,7 +1429,10 @@ class Attention(nn.Module):
         q = rotate(norm(q), context.cos, context.sin) * self.q_gain.to(q.dtype)[:, None, None]
         k = rotate(norm(k), context.cos, context.sin)
 
-        y = attend(q, k, v, context.mask)
+        if context.past is None:
+            y = attend(q, k, v, context.mask)
+        else:
+            y = attend(q, *context.past.extend(k, v), context.mask)
         if self.exclusive:
             y = drop_own_value(y, v)
         y = y.transpose(1, 2)  # (B, T, H, E)
@@ -1489,23 +1532,38 @@ class GPT(nn.Module):
             x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
         return norm(x)
 
-    def hidden(self, ids: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
+    def context(self, ids: Tensor, compiled: bool) -> Context:
+        """What the layers need to read rows (B, T) from their start."""
+        config = self.config
+        x0 = piece(GPT.embed, compiled)(self, ids)
+        cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
+        mask = attention_mask(ids, config, x0.dtype, attention_kind(config, ids.device, compiled))
+        return Context(x0, cos, sin, mask)
+
+    def context_behind(self, cache: Cache, ids: Tensor) -> Context:
+        """What the layers need to read tokens (B, T) that follow those of the cache, which takes them in."""
+        config = self.config
+        n_new = ids.size(1)
+        ids = cache.extend(ids)
+        # The token before the new ones is embedded again, because a token gets something of its predecessor.
+        x0 = self.embed(ids[:, -n_new - 1 :])[:, -n_new:]
+        cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
+        mask = attention_mask(ids, config, x0.dtype, "blocks")
+        return Context(x0, cos[-n_new:], sin[-n_new:], mask)
+
+    def hidden(self, ids: Tensor, looping: bool = True, compiled: bool = False, cache: Cache | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, D), before the last normalisation."""
         config = self.config
         run_block = piece(Block.forward, compiled)
         merge = piece(merge_skip, compiled)
-
-        x0 = piece(GPT.embed, compiled)(self, ids)
-        cos, sin = rotary_table(ids.size(1), config.rope_dims or config.head_dim, config.rope_base, like=x0)
-        mask = attention_mask(ids, config, x0.dtype, attention_kind(config, ids.device, compiled))
-        context = Context(x0, cos, sin, mask)
+        context = self.context(ids, compiled) if cache is None else self.context_behind(cache, ids)
 
         # A tensor, because torch.compile would compile every layer on its own for a number that differs by layer.
         depth = torch.arange(1, config.num_layers + 1, device=ids.device, dtype=torch.float32)
         depth_scale = depth.rsqrt() if config.ln_scale else torch.ones_like(depth)
 
         # Views, here and of the skips, because a piece that gets one tensor twice would be compiled for that as well.
-        x = x0.view_as(x0)
+        x = context.x0.view_as(context.x0)
         order = config.layer_order(looping)
         n_encoder = len(order) // 2
         skips: list[Tensor] = []
@@ -1514,6 +1572,8 @@ class GPT(nn.Module):
                 index = i - n_encoder
                 gate = self.skip_gates[index] if self.skip_gates is not None else None
                 x = merge(x, skips.pop(), self.skip_weights[index], gate)
+            if cache is not None:
+                context = context._replace(past=cache.passes[i])
             x = run_block(self.blocks[layer], x, depth_scale[layer], context)
             if i < n_encoder:
                 skips.append(x.view_as(x))
@@ -1528,9 +1588,12 @@ class GPT(nn.Module):
         """Mean nats per target of what `hidden` returned. (B, T, D), (B, T) int64 -> ()"""
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
 
-    def forward(self, ids: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
-        """Next-token logits. (B, T) int64 -> (B, T, V) float32"""
-        x = self.hidden(ids, looping, compiled)
+    def forward(self, ids: Tensor, looping: bool = True, compiled: bool = False, cache: Cache | None = None) -> Tensor:
+        """Next-token logits. (B, T) int64 -> (B, T, V) float32
+
+        With a cache, `ids` follow those of the calls before, and compiled is False.
+        """
+        x = self.hidden(ids, looping, compiled, cache)
         return piece(GPT.logits, compiled)(self, x)
 
     def loss(self, ids: Tensor, targets: Tensor, looping: bool = True, compiled: bool = False) -> Tensor:
@@ -4482,6 +4545,7 @@ def conclude(run: Run, results: Mapping[str, Any]) -> None:
     tell(f"JSON   {hp.run_folder / 'run.json'}")
     if not hp.eval_artifact:
         tell("Next")
+        tell(f'  python tools/sample.py {artifact} "The"   hear what it says')
         tell(f"  python train_gpt.py --eval_artifact={artifact}   score it again, or otherwise")
         tell(f"  python tools/plot.py --out loss.svg {hp.run_folder / 'log.txt'}   draw its loss")
         tell("  python tools/submission.py new --help   make a record of it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -620,6 +621,38 @@ def test_model_in_bfloat16_is_close_to_that_in_float32(case, random_model, ids):
         with torch.no_grad():
             logits[dtype] = model(ids, case.looping)
     assert 0 < float((logits["bfloat16"] - logits["float32"]).abs().mean()) < 0.1
+
+
+# -- reading in parts ------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@settings(max_examples=25)
+@pytest.mark.parametrize("recipe", ["config", "record_config"])
+def test_text_read_in_parts_gives_the_logits_of_the_whole(request, random_model, recipe, data):
+    """Whatever the parts, the documents and the length: 150 tokens are more than a block of queries, and than the
+    context of the evaluation."""
+    config = request.getfixturevalue(recipe)
+    model = random_model(config)
+    length = data.draw(st.sampled_from([1, 2, 17, 150]))
+    ids = torch.randint(0, data.draw(st.sampled_from([4, 64])), (2, length), generator=torch.Generator().manual_seed(1))
+    cuts = data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6))
+    bounds = sorted({0, length, *(cut for cut in cuts if cut < length)})
+
+    cache = tg.Cache(model, n_rows=2)
+    with torch.no_grad():
+        whole = model(ids)
+        parts = [model(ids[:, begin:end], cache=cache) for begin, end in itertools.pairwise(bounds)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", ["config", "record_config"])
+def test_text_read_token_by_token_gives_the_logits_of_the_whole(request, random_model, ids, recipe):
+    model = random_model(request.getfixturevalue(recipe))
+    cache = tg.Cache(model, n_rows=len(ids))
+    with torch.no_grad():
+        parts = [model(column[:, None], cache=cache) for column in ids.unbind(1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=2e-5, rtol=0)
 
 
 # -- compiled models -------------------------------------------------------------------------------------------------

@@ -107,11 +107,15 @@ def options(folder: Path, protocol: str = "lmeval", **changes: Any) -> Options:
     return Options(**{"protocol": protocol, "context": 16, "data": folder, **changes})
 
 
+def figures(task: str, subject: Subject, scoring: Options) -> dict[str, Any]:
+    return evaluate.RUN_TASK[task](subject, scoring, evaluate.load_task(task, subject, scoring))
+
+
 # --- Closed forms ---
 
 
 def test_uniform_model_needs_log2_of_the_vocabulary_per_token(uniform, folder, sp):
-    result = evaluate.run_wikitext2(uniform, options(folder))
+    result = figures("wikitext2", uniform, options(folder))
     n_tokens = sum(len(sp.encode(benchmarks.detokenize(page))) for page in PAGES)
     n_bytes = len("".join(PAGES).encode())
     assert result["tokens"] == n_tokens
@@ -123,7 +127,7 @@ def test_uniform_model_needs_log2_of_the_vocabulary_per_token(uniform, folder, s
 
 
 def test_board_scores_every_token_of_the_text_but_the_first(uniform, folder, sp):
-    result = evaluate.run_wikitext2(uniform, options(folder, "board"))
+    result = figures("wikitext2", uniform, options(folder, "board"))
     text = "".join(PAGES)
     n_targets = len(sp.encode(text)) - 1
     assert result["tokens"] == n_targets
@@ -135,7 +139,7 @@ def test_board_scores_every_token_of_the_text_but_the_first(uniform, folder, sp)
 
 def test_words_are_those_of_the_text_before_it_was_detokenized(uniform, folder):
     """The harness counts an empty word before a blank at the start, and one behind a blank at the end."""
-    result = evaluate.run_wikitext2(uniform, options(folder))
+    result = figures("wikitext2", uniform, options(folder))
     assert result["words"] == sum(len(page.split()) + 2 for page in PAGES)
 
 
@@ -145,7 +149,7 @@ def test_unigram_model_chooses_by_the_sum_over_the_sentence(unigram, log_p, sp, 
         ids = sp.encode(sentence)[1:] if protocol == "board" else sp.encode(" " + sentence)
         return float(log_p[ids].double().sum())
 
-    result = evaluate.run_blimp(unigram, options(folder, protocol))
+    result = figures("blimp", unigram, options(folder, protocol))
     right = {name: [score(good) > score(bad) for good, bad in pairs] for name, pairs in PAIRS.items()}
     for name, answers in right.items():
         assert result["sets"][name]["acc"] == sum(answers) / len(answers)
@@ -163,9 +167,9 @@ def test_unigram_model_answers_by_the_tokens_of_the_choice_alone(unigram, log_p,
         per_character = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
         answers.append(sums.index(max(sums)) == gold)
         answers_norm.append(per_character.index(max(per_character)) == gold)
-    result = evaluate.run_arc_easy(unigram, options(folder, context=256))
+    result = figures("arc_easy", unigram, options(folder, context=256))
     assert (result["acc"], result["acc_norm"]) == (statistics.fmean(answers), statistics.fmean(answers_norm))
-    board = evaluate.run_arc_easy(unigram, options(folder, "board"))
+    board = figures("arc_easy", unigram, options(folder, "board"))
     assert board["acc"] == result["acc"]
     assert "acc_norm" not in board
 
@@ -177,7 +181,7 @@ def test_model_that_knows_nothing_is_never_right(stub, tmp_path):
     (tmp_path / "blimp" / "blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     uniform = stub(torch.zeros(320))
     assert len(evaluate.encode(uniform, " ab")) == len(evaluate.encode(uniform, " ba"))
-    result = evaluate.run_blimp(uniform, options(tmp_path))
+    result = figures("blimp", uniform, options(tmp_path))
     assert (result["acc"], result["ties"], result["n"]) == (0, 3, 3)
 
 
@@ -296,7 +300,7 @@ def test_batches_and_padding_change_no_score(request, name):
 def test_bpb_is_that_of_the_run(request, name, protocol):
     run = request.getfixturevalue(name)
     subject = open_subject(run.run_folder)
-    result = evaluate.run_bpb(subject, Options(protocol, 256))
+    result = figures("bpb", subject, Options(protocol, 256))
     assert result["bpb"] == pytest.approx(run.results["val_bpb"], rel=1e-6)
     assert result["loss"] == pytest.approx(run.results["val_loss"], rel=1e-6)
     assert (result["tokens"], result["bytes"]) == (run.results["scored_tokens"], run.results["scored_bytes"])
@@ -419,6 +423,14 @@ def test_errors_name_file_and_remedy(trained, tmp_path, monkeypatch, arguments, 
         evaluate.main([str(trained.run_folder) if a == "RUN" else a for a in arguments])
 
 
+def test_missing_data_is_told_before_anything_is_scored(trained, data, folder, tmp_path, monkeypatch):
+    shutil.copyfile(trained.artifact, tmp_path / trained.artifact.name)
+    monkeypatch.setattr(evaluate, "score_stretches", lambda *_: pytest.fail("it began to score"))
+    arguments = [str(tmp_path), "--tokenizer", str(data.tokenizer), "--data", str(folder)]
+    with pytest.raises(SystemExit, match=r"leads to no validation shards .*--val-data, or leave bpb out of --tasks"):
+        evaluate.main(arguments)
+
+
 def test_without_a_network_the_error_names_the_option(trained, monkeypatch):
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nto host")
@@ -466,7 +478,7 @@ def test_figures_are_those_of_the_harness(subject, folder):
         model = harness.ArtifactLM(subject, context)
         theirs = harness.run_harness(model, ["blimp", "arc_easy", "wikitext"], data, limit)
         scoring = options(data, context=context, limit=limit)
-        blimp = evaluate.run_blimp(subject, scoring)
+        blimp = figures("blimp", subject, scoring)
         # The harness counts a tie as right if the good sentence comes first.
         ties = statistics.fmean(of_set["ties"] / of_set["n"] for of_set in blimp["sets"].values())
         assert blimp["acc"] + ties == pytest.approx(theirs["blimp"]["acc,none"], abs=1e-4)
@@ -477,11 +489,11 @@ def test_figures_are_those_of_the_harness(subject, folder):
         if not blimp["ties"]:
             assert blimp["acc_stderr"] == pytest.approx(theirs["blimp"]["acc_stderr,none"], abs=1e-4)
 
-        arc = evaluate.run_arc_easy(subject, scoring)
+        arc = figures("arc_easy", subject, scoring)
         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
             assert arc[key] == pytest.approx(theirs["arc_easy"][f"{key},none"], abs=1e-4)
 
-        text = evaluate.run_wikitext2(subject, scoring)
+        text = figures("wikitext2", subject, scoring)
         assert text["bpb"] == pytest.approx(theirs["wikitext"]["bits_per_byte,none"], abs=1e-4)
         assert text["byte_perplexity"] == pytest.approx(theirs["wikitext"]["byte_perplexity,none"], rel=1e-4)
         assert text["word_perplexity"] == pytest.approx(theirs["wikitext"]["word_perplexity,none"], rel=1e-4)

@@ -55,8 +55,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from benchmarks import Question, detokenize, load_arc_easy, load_blimp, load_wikitext
-from record import ROOT, artifact_path, data_path, file_sha256, script_path
+from benchmarks import ArcEasy, Blimp, Question, Wikitext, detokenize, load_arc_easy, load_blimp, load_wikitext
+from record import ROOT, data_path, file_sha256, script_path
 from tqdm import tqdm  # type: ignore[import-untyped]
 from worker import load_script
 
@@ -105,24 +105,19 @@ def open_subject(path: Path, script: Path | None = None, tokenizer: Path | None 
 
     Raises OSError or ValueError, naming the file and what to do.
     """
-    if path.is_dir():
-        found = sorted(path.glob("final_model.*.ptz"))
-        if len(found) > 1:
-            raise ValueError(f"{path} has {', '.join(file.name for file in found)}: name one of these files")
-        if not found:
-            raise FileNotFoundError(f"{path} is a folder without final_model.*.ptz: name the file of an artifact")
-    artifact = artifact_path(path) if path.is_dir() else path
-    if artifact is None or not artifact.is_file():
-        raise FileNotFoundError(f"{path} does not exist: name an artifact, or the folder of a run or a record")
-
+    artifact = find_artifact(path)
     folder = artifact.parent
     if script is None:
         script = script_path(folder) if script_path(folder).is_file() else ROOT / "train_gpt.py"
     if not script.is_file():
         raise FileNotFoundError(f"--script {script} does not exist: name a train_gpt.py")
-    model = load_script(str(script)).load_artifact(artifact, device)
+    module = load_script(str(script))
+    if not hasattr(module, "load_artifact"):
+        raise ValueError(f"{script} has no load_artifact, so its model is not a fixed one: it cannot be scored here")
+    model = module.load_artifact(artifact, device)
     config = model.config
 
+    # A record has such a file for each seed; what is read of it is the same in all.
     run = dict[str, Any]()
     for file in (folder / "run.json", *sorted(folder.glob("train_seed*.json"))):
         if not run and file.is_file():
@@ -141,9 +136,21 @@ def open_subject(path: Path, script: Path | None = None, tokenizer: Path | None 
     if loaded.sp.get_piece_size() != config.vocab_size or loaded.sp.bos_id() != config.bos_id:
         raise ValueError(
             f"{tokenizer} has {loaded.sp.get_piece_size()} pieces and BOS {loaded.sp.bos_id()}, but {artifact} says "
-            f"{config.vocab_size} and {config.bos_id}: the artifact is damaged, copy or make it again"
+            f"{config.vocab_size} and {config.bos_id}: name the tokenizer that it was made with by --tokenizer"
         )
     return Subject(model, config, loaded, artifact, script, run, torch.device(device))
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact that `path` is, or the only one in this folder. Raises FileNotFoundError or ValueError."""
+    found = sorted(path.glob("final_model.*.ptz")) if path.is_dir() else [path]
+    if len(found) > 1:
+        raise ValueError(f"{path} has {', '.join(file.name for file in found)}: name one of these files")
+    if not found:
+        raise FileNotFoundError(f"{path} is a folder without final_model.*.ptz: name the file of an artifact")
+    if not found[0].is_file():
+        raise FileNotFoundError(f"{path} does not exist: name an artifact, or the folder of a run or a record")
+    return found[0]
 
 
 def find_tokenizer(folder: Path, run: Mapping[str, Any], sha256: str) -> Path:
@@ -309,9 +316,8 @@ def choice_stretch(subject: Subject, question: Question, choice: str, protocol: 
     return Stretch([subject.config.bos_id, *ids][-(context + 1) :], min(len(ids) - n_prompt, context))
 
 
-def run_blimp(subject: Subject, options: Options) -> Results:
+def run_blimp(subject: Subject, options: Options, blimp: Blimp) -> Results:
     """Accuracy over the sets, each with the same weight, and that of every set."""
-    blimp = load_blimp(options.data)
     sets = {name: pairs[: options.limit] for name, pairs in sorted(blimp.sets.items())}
     stretches = [
         sentence_stretch(subject, sentence, options.protocol, options.context)
@@ -344,9 +350,8 @@ def run_blimp(subject: Subject, options: Options) -> Results:
     }
 
 
-def run_arc_easy(subject: Subject, options: Options) -> Results:
+def run_arc_easy(subject: Subject, options: Options, arc: ArcEasy) -> Results:
     """Accuracy, and in the protocol lmeval also that of log-probabilities divided by the characters of the choice."""
-    arc = load_arc_easy(options.data)
     questions = arc.questions[: options.limit]
     stretches = [
         choice_stretch(subject, question, choice, options.protocol, options.context)
@@ -442,48 +447,71 @@ def decoded_bytes(subject: Subject, ids: Sequence[int]) -> int:
     return len(subject.tokenizer.decode(np.array(ids, np.int64)).encode())
 
 
-def run_wikitext2(subject: Subject, options: Options) -> Results:
-    wikitext = load_wikitext(options.data)
-    pages = wikitext.pages
-    partial = [*wikitext.missing]
-    if options.limit:
-        n_characters = LIMIT_UNIT * options.limit
-        pages = ["".join(pages)[:n_characters]] if options.protocol == "board" else pages[: options.limit]
-        partial += [f"{n_characters} characters" if options.protocol == "board" else f"{options.limit} articles"]
+class Reading(NamedTuple):
+    """A text as a protocol reads it."""
 
+    stretches: list[Stretch]
+    n_bytes: int
+    n_decoded: int  # bytes of what the tokens decode to
+    n_words: int
+    n_documents: int
+
+
+def read_for_board(subject: Subject, text: str) -> Reading:
+    ids = encode(subject, text)
+    return Reading(
+        stretches=list(flat_windows(ids, BOARD_TOKENS)),
+        n_bytes=len(text.encode()),
+        n_decoded=decoded_bytes(subject, ids),
+        n_words=len(text.split()),
+        n_documents=1,
+    )
+
+
+def read_as_harness(subject: Subject, pages: Sequence[str], context: int) -> Reading:
     stretches = list[Stretch]()
     n_decoded = 0
-    if options.protocol == "board":
-        pages = ["".join(pages)]
-        n_words = len(pages[0].split())
-        ids = encode(subject, pages[0])
-        n_decoded = decoded_bytes(subject, ids)
-        stretches += flat_windows(ids, BOARD_TOKENS)
-    else:
-        # The harness counts the pieces between blanks, of which those at the ends of an article may be empty.
-        n_words = sum(len(re.split(r"\s+", page)) for page in pages)
-        for page in pages:
-            ids = encode(subject, detokenize(page))
-            n_decoded += decoded_bytes(subject, ids)
-            stretches += rolling_windows(ids, subject.config.bos_id, options.context)
+    for page in pages:
+        ids = encode(subject, detokenize(page))
+        stretches += rolling_windows(ids, subject.config.bos_id, context)
+        n_decoded += decoded_bytes(subject, ids)
+    return Reading(
+        stretches=stretches,
+        n_bytes=sum(len(page.encode()) for page in pages),
+        n_decoded=n_decoded,
+        # What stands between blanks, and before the first and behind the last of them, where it may be nothing.
+        n_words=sum(len(re.split(r"\s+", page)) for page in pages),
+        n_documents=len(pages),
+    )
 
-    scores = score_stretches(subject, stretches, "wikitext2", options.batch_tokens)
-    positions = np.concatenate([positions_of(stretch) for stretch in stretches])
+
+def run_wikitext2(subject: Subject, options: Options, wikitext: Wikitext) -> Results:
+    if options.protocol == "board":
+        n_characters = LIMIT_UNIT * options.limit if options.limit else None
+        reading = read_for_board(subject, "".join(wikitext.pages)[:n_characters])
+        limited = options.limited(f"{n_characters} characters")
+    else:
+        reading = read_as_harness(subject, wikitext.pages[: options.limit], options.context)
+        limited = options.limited(f"{options.limit} articles")
+
+    scores = score_stretches(subject, reading.stretches, "wikitext2", options.batch_tokens)
+    positions = np.concatenate([positions_of(stretch) for stretch in reading.stretches])
     nats = np.concatenate([scored.nats for scored in scores])
-    n_bytes = sum(len(page.encode()) for page in pages)
     return {
-        **text_results(positions, nats, n_bytes, n_decoded, n_words),
-        "documents": len(pages),
+        **text_results(positions, nats, reading.n_bytes, reading.n_decoded, reading.n_words),
+        "documents": reading.n_documents,
         "source": wikitext.source,
-        "partial": partial,
+        "partial": [*wikitext.missing, *limited],
     }
 
 
 def find_val_data(subject: Subject) -> Path:
     """The shards that the artifact's run was scored on. Raises FileNotFoundError if they are not here."""
-    own = data_path(subject.artifact.parent)
+    folders = [data_path(subject.artifact.parent)]
     named = str(subject.run.get("data_path", ""))
-    for folder in (own, Path(named), ROOT / named):
+    if named:
+        folders += [Path(named), ROOT / named]
+    for folder in folders:
         if any(folder.glob("fineweb_val_[0-9]*.bin")):
             return folder
     raise FileNotFoundError(
@@ -492,8 +520,8 @@ def find_val_data(subject: Subject) -> Path:
     )
 
 
-def run_bpb(subject: Subject, options: Options) -> Results:
-    folder = options.val_data or find_val_data(subject)
+def run_bpb(subject: Subject, options: Options, folder: Path) -> Results:
+    """The score of the validation split in a folder of shards, as `evaluate` of train_gpt.py sums it up."""
     sp = subject.tokenizer.sp
     sha256 = hashlib.sha256(subject.tokenizer.model).hexdigest()
     max_tokens = LIMIT_UNIT * options.limit if options.limit else 0
@@ -521,6 +549,7 @@ def run_bpb(subject: Subject, options: Options) -> Results:
         "documents": split.identity["val_documents"],
         "source": folder.name,
         "val_text_sha256": split.identity["val_text_sha256"],
+        "val_shards_sha256": split.identity["val_shards_sha256"],
         "val_accounting": split.identity["val_accounting"],
         "partial": options.limited(f"{len(split.ids)} of {split.identity['val_tokens']} tokens"),
     }
@@ -546,7 +575,18 @@ class Options:
         return [what] if self.limit else []
 
 
-RUN_TASK: dict[str, Callable[[Subject, Options], Results]] = {
+def load_task(task: str, subject: Subject, options: Options) -> Any:
+    """What a task scores. Raises OSError or ValueError, naming file or data set and what to do."""
+    if task == "wikitext2":
+        return load_wikitext(options.data)
+    if task == "blimp":
+        return load_blimp(options.data)
+    if task == "arc_easy":
+        return load_arc_easy(options.data)
+    return options.val_data or find_val_data(subject)
+
+
+RUN_TASK: dict[str, Callable[[Subject, Options, Any], Results]] = {
     "wikitext2": run_wikitext2,
     "blimp": run_blimp,
     "arc_easy": run_arc_easy,
@@ -556,10 +596,12 @@ RUN_TASK: dict[str, Callable[[Subject, Options], Results]] = {
 
 def run_tasks(subject: Subject, tasks: Sequence[str], options: Options) -> Results:
     """The figures of all tasks and what they are figures of, ready for JSON."""
+    # Whatever is missing should be told before minutes are spent on the first task.
+    data = {task: load_task(task, subject, options) for task in tasks}
     of_tasks = dict[str, Results]()
     for task in tasks:
         began = time.perf_counter()
-        of_tasks[task] = RUN_TASK[task](subject, options)
+        of_tasks[task] = RUN_TASK[task](subject, options, data[task])
         of_tasks[task]["seconds"] = round(time.perf_counter() - began, 2)
     return {
         "protocol": options.protocol,

@@ -22,6 +22,8 @@ from evaluate import Options, Stretch, Subject, open_subject
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import Tokenizer
+from tokenizer import train_tokenizer as train_own_tokenizer
+from transforms import OPERATORS
 
 SHARED = record.ROOT.parent / "shared" / "data"
 SMOKE = next((record.RECORDS / "track_non_record_16mb").glob("*_Smoke-test"))
@@ -135,6 +137,22 @@ def test_board_scores_every_token_of_the_text_but_the_first(uniform, folder, sp)
     assert result["bytes"] == result["bytes_normalised"] == len(text.encode())
     assert result["words"] == len(text.split())
     assert result["word_perplexity"] == pytest.approx(math.exp(result["nats"] / len(text.split())), rel=1e-9)
+
+
+@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+def test_tokenizer_that_drops_line_ends_gets_no_credit_for_them(uniform, train_tokenizer, documents, folder, protocol):
+    """Per byte of the text it has an easier task, per byte of what its tokens decode to it has not."""
+    model = train_tokenizer(documents)
+    lossy = uniform._replace(tokenizer=Tokenizer(model, Path("lossy.model")))
+    result = figures("wikitext2", lossy, options(folder, protocol))
+    sp = spm.SentencePieceProcessor(model_proto=model)
+    texts = ["".join(PAGES)] if protocol == "board" else [benchmarks.detokenize(page) for page in PAGES]
+    assert result["bytes"] == len("".join(PAGES).encode())
+    assert result["bytes_normalised"] == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+    assert result["bytes_normalised"] < result["bytes"]
+    n_targets = sum(len(sp.encode(text)) for text in texts) - (protocol == "board")
+    assert result["bpb"] == pytest.approx(n_targets * math.log2(320) / result["bytes"], rel=1e-6)
+    assert result["bpb_normalised"] == pytest.approx(n_targets * math.log2(320) / result["bytes_normalised"], rel=1e-6)
 
 
 def test_words_are_those_of_the_text_before_it_was_detokenized(uniform, folder):
@@ -308,6 +326,15 @@ def test_bpb_is_that_of_the_run(request, name, protocol):
     assert result["bytes_normalised"] == result["bytes"]
     assert result["partial"] == []
     assert sum(row["tokens"] for row in result["loss_by_position"]) == result["tokens"]
+
+
+def test_text_that_is_cut_behind_an_operator_is_still_counted(stub, documents):
+    tokenizer = Tokenizer(train_own_tokenizer(documents, 400, caseops=True), Path("caseops.model"))
+    subject = stub(torch.zeros(400))._replace(tokenizer=tokenizer)
+    ids = evaluate.encode(subject, "cat The")
+    operator = next(i for i, token in enumerate(ids) if tokenizer.sp.id_to_piece(token) == OPERATORS[0])
+    assert evaluate.decoded_bytes(subject, ids) == 7
+    assert evaluate.decoded_bytes(subject, ids[: operator + 1]) == len(tokenizer.decode(np.array(ids[:operator])))
 
 
 def test_weights_that_are_not_finite_are_refused(stub):

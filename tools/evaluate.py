@@ -444,7 +444,13 @@ def positions_of(stretch: Stretch) -> np.ndarray:
 
 
 def decoded_bytes(subject: Subject, ids: Sequence[int]) -> int:
-    return len(subject.tokenizer.decode(np.array(ids, np.int64)).encode())
+    """Bytes of the text that these tokens decode to."""
+    try:
+        text = subject.tokenizer.decode(np.array(ids, np.int64))
+    except ValueError:
+        # With --limit, a text may be cut behind an operator (data/transforms.py), which stands for nothing by itself.
+        text = subject.tokenizer.decode(np.array(ids[:-1], np.int64))
+    return len(text.encode())
 
 
 class Reading(NamedTuple):

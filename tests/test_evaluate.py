@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
 import shutil
 import statistics
+import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import artifact
 import benchmarks
 import evaluate
 import numpy as np
@@ -18,7 +21,8 @@ import pytest
 import record
 import sentencepiece as spm
 import torch
-from evaluate import Options, Stretch, Subject, open_subject
+from artifact import Stretch, Subject, open_subject
+from evaluate import Options
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import Tokenizer
@@ -198,7 +202,7 @@ def test_model_that_knows_nothing_is_never_right(stub, tmp_path):
     rows = [{"sentence_good": "ab", "sentence_bad": "ba", "UID": "letters"}] * 3
     (tmp_path / "blimp" / "blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     uniform = stub(torch.zeros(320))
-    assert len(evaluate.encode(uniform, " ab")) == len(evaluate.encode(uniform, " ba"))
+    assert len(artifact.encode(uniform, " ab")) == len(artifact.encode(uniform, " ba"))
     result = figures("blimp", uniform, options(tmp_path))
     assert (result["acc"], result["ties"], result["n"]) == (0, 3, 3)
 
@@ -263,12 +267,12 @@ def test_flat_windows_score_each_token_but_the_first_once(n, context):
 
 def test_too_long_sentence_loses_its_end_on_the_board_and_its_beginning_in_the_harness(uniform):
     sentence = "abc " * 200
-    ids = evaluate.encode(uniform, sentence)
+    ids = artifact.encode(uniform, sentence)
     assert len(ids) > 256
     board = evaluate.sentence_stretch(uniform, sentence, "board", 16)
     assert board == Stretch(ids[:256], 255)
     harness = evaluate.sentence_stretch(uniform, sentence, "lmeval", 16)
-    assert harness == Stretch(evaluate.encode(uniform, " " + sentence)[-17:], 16)
+    assert harness == Stretch(artifact.encode(uniform, " " + sentence)[-17:], 16)
 
 
 def test_positions_are_parted_by_powers_of_two():
@@ -288,7 +292,7 @@ def test_scores_are_those_of_a_second_implementation(subject):
     """One sentence at a time, with a softmax in float64."""
     sentences = ["the cat sat", "a", "some other words, and more of them.", "\u6771\u4eac"]
     stretches = [evaluate.sentence_stretch(subject, sentence, "lmeval", 256) for sentence in sentences]
-    scores = evaluate.score_stretches(subject, stretches, "test")
+    scores = artifact.score_stretches(subject, stretches, "test")
     for stretch, scored in zip(stretches, scores, strict=True):
         with torch.no_grad():
             logits = subject.model(torch.tensor([stretch.ids[:-1]]))[0].double().numpy()
@@ -306,8 +310,8 @@ def test_batches_and_padding_change_no_score(request, name):
     stretches = []
     for n in rng.integers(1, 33, 32).tolist():
         stretches.append(Stretch([1, *rng.integers(3, 320, n).tolist()], max(1, n // 2)))
-    alone = evaluate.score_stretches(subject, stretches, "alone", batch_tokens=1)
-    together = evaluate.score_stretches(subject, stretches, "together", batch_tokens=32 * 33)
+    alone = artifact.score_stretches(subject, stretches, "alone", batch_tokens=1)
+    together = artifact.score_stretches(subject, stretches, "together", batch_tokens=32 * 33)
     for stretch, one, other in zip(stretches, alone, together, strict=True):
         assert one.nats.shape == other.nats.shape == (stretch.n_targets,)
         assert other.nats == pytest.approx(one.nats, abs=1e-5)
@@ -331,7 +335,7 @@ def test_bpb_is_that_of_the_run(request, name, protocol):
 def test_text_that_is_cut_behind_an_operator_is_still_counted(stub, documents):
     tokenizer = Tokenizer(train_own_tokenizer(documents, 400, caseops=True), Path("caseops.model"))
     subject = stub(torch.zeros(400))._replace(tokenizer=tokenizer)
-    ids = evaluate.encode(subject, "cat The")
+    ids = artifact.encode(subject, "cat The")
     operator = next(i for i, token in enumerate(ids) if tokenizer.sp.id_to_piece(token) == OPERATORS[0])
     assert evaluate.decoded_bytes(subject, ids) == 7
     assert evaluate.decoded_bytes(subject, ids[: operator + 1]) == len(tokenizer.decode(np.array(ids[:operator])))
@@ -339,7 +343,7 @@ def test_text_that_is_cut_behind_an_operator_is_still_counted(stub, documents):
 
 def test_weights_that_are_not_finite_are_refused(stub):
     with pytest.raises(FloatingPointError, match=r"a\.ptz gives scores that are not finite"):
-        evaluate.score_stretches(stub(torch.full((320,), math.nan)), [Stretch([1, 2, 3], 2)], "test")
+        artifact.score_stretches(stub(torch.full((320,), math.nan)), [Stretch([1, 2, 3], 2)], "test")
 
 
 # --- Text ---
@@ -462,10 +466,10 @@ def test_without_a_network_the_error_names_the_option(trained, monkeypatch):
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setitem(benchmarks.sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(SystemExit, match=r"allenai/ai2_arc cannot be fetched from the Hub \(no route\): .*--data DIR"):
         evaluate.main([str(trained.run_folder), "--tasks", "arc_easy"])
-    monkeypatch.setitem(benchmarks.sys.modules, "datasets", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())
     with pytest.raises(SystemExit, match="pip install datasets"):
         evaluate.main([str(trained.run_folder), "--tasks", "arc_easy"])
 
@@ -486,13 +490,20 @@ def test_rows_of_the_hub_are_read_as_local_ones(monkeypatch, folder):
         load_dataset=lambda name, config, split: tables[name, config, split],
         get_dataset_config_names=lambda name: list(PAIRS),
     )
-    monkeypatch.setitem(benchmarks.sys.modules, "datasets", hub)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     assert benchmarks.load_arc_easy(None).questions == benchmarks.load_arc_easy(folder).questions
     assert benchmarks.load_blimp(None).sets == benchmarks.load_blimp(folder).sets
     assert benchmarks.load_wikitext(None).pages == benchmarks.load_wikitext(folder).pages
 
 
 # --- lm-evaluation-harness ---
+
+
+def test_without_the_harness_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "harness", raising=False)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-lmeval\.txt"):
+        importlib.import_module("harness")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ Without --data, the harness fetches its data from the Hub. With it, these three 
 tools/evaluate.py reads. All else is the harness's own: prompts, how a prompt and a choice are encoded, windows and
 metrics. So its figures are a check on those of tools/evaluate.py, which needs none of its packages.
 
+    from artifact import open_subject
     from harness import ArtifactLM
     lm_eval.simple_evaluate(model=ArtifactLM(open_subject(Path("runs/latest"))), tasks=["hellaswag"])
 """
@@ -26,6 +27,15 @@ if __name__ == "__main__":
     # See tools/evaluate.py.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from artifact import BATCH_TOKENS, Stretch, Subject, encode, open_subject, score_stretches
+from benchmarks import load_arc_easy, load_blimp, load_wikitext
+
+# Some tasks of the harness import a package named evaluate. They should not find tools/evaluate.py.
+OWN_FOLDER = str(Path(__file__).resolve().parent)
+if OWN_FOLDER in sys.path:
+    sys.path.remove(OWN_FOLDER)
+    sys.path.append(OWN_FOLDER)
+
 try:
     import datasets
     import lm_eval
@@ -36,12 +46,10 @@ try:
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as missing:
-    raise ImportError(
-        f"tools/harness.py needs lm-evaluation-harness ({missing}): pip install -r requirements-lmeval.txt"
-    ) from None
-
-from benchmarks import load_arc_easy, load_blimp, load_wikitext
-from evaluate import BATCH_TOKENS, Stretch, Subject, encode, open_subject, score_stretches
+    remedy = f"tools/harness.py needs lm-evaluation-harness ({missing}): pip install -r requirements-lmeval.txt"
+    if __name__ == "__main__":
+        sys.exit(f"error: {remedy}")
+    raise ImportError(remedy) from None
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 

@@ -31,10 +31,8 @@ from artifact import BATCH_TOKENS, Stretch, Subject, encode, open_subject, score
 from benchmarks import load_arc_easy, load_blimp, load_wikitext
 
 # Some tasks of the harness import a package named evaluate. They should not find tools/evaluate.py.
-OWN_FOLDER = str(Path(__file__).resolve().parent)
-if OWN_FOLDER in sys.path:
-    sys.path.remove(OWN_FOLDER)
-    sys.path.append(OWN_FOLDER)
+OWN_FOLDER = Path(__file__).resolve().parent
+sys.path[:] = [*(folder for folder in sys.path if Path(folder).resolve() != OWN_FOLDER), str(OWN_FOLDER)]
 
 try:
     import datasets

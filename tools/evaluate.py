@@ -31,6 +31,10 @@ and for BLiMP, a mean over sets, from the variance within the sets. They say not
 
 Bits per byte come twice: per byte of the text, and per byte of what its tokens decode to. A tokenizer that folds
 characters or drops line ends has to predict fewer bytes than the text has, and the second number does not reward that.
+
+How long it takes, measured with PRESET=smoke (2.1 million parameters) on two cores of an AMD EPYC that had other work
+too: WikiText-2 111 to 138 s, 62 sets of BLiMP 355 to 411 s, half of ARC-Easy 34 to 42 s, together 410 s of CPU time.
+With --limit 10, all four tasks took 32 s.
 """
 
 from __future__ import annotations

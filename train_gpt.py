@@ -49,7 +49,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import struct
 import sys
 import sysconfig
@@ -722,7 +721,7 @@ def start_world(env: Mapping[str, str]) -> World:
     store = join_process_group(env, rank, size, device)
 
     # Later they can tell which of them has died.
-    own_process = (zlib.crc32(socket.gethostname().encode()), os.getpid())
+    own_process = (zlib.crc32(platform.node().encode()), os.getpid())
     processes = torch.zeros(size, 2, dtype=torch.int64)
     processes[rank] = torch.tensor(own_process)
     World(rank, size).sum_all([processes])

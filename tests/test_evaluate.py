@@ -83,7 +83,9 @@ def stub(lossless_tokenizer):
             return logits.expand(*ids.shape, -1).clone()
 
         tokenizer = Tokenizer(lossless_tokenizer, Path("tokenizer.model"))
-        return Subject(model, config, tokenizer, Path("a.ptz"), Path("train_gpt.py"), {}, torch.device("cpu"))
+        script = Path("train_gpt.py")
+        nothing = types.ModuleType("script")
+        return Subject(model, config, tokenizer, Path("a.ptz"), script, nothing, {}, torch.device("cpu"))
 
     return make
 

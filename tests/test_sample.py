@@ -259,12 +259,12 @@ def test_tokenizer_is_found_or_asked_for(trained, data, tmp_path, capsys):
     lone = tmp_path / "lone" / trained.artifact.name
     lone.parent.mkdir()
     shutil.copyfile(trained.artifact, lone)
-    with pytest.raises(SystemExit, match=r"the model's tokenizer, with sha256 \w{64}, .* with --tokenizer"):
+    with pytest.raises(SystemExit, match=r"leads to no tokenizer with sha256 \w{64}: .* by --tokenizer"):
         sample.main([str(lone), "the"])
 
     other = tmp_path / "other.model"
     other.write_bytes(byte_model())
-    with pytest.raises(SystemExit, match=r"--tokenizer=.*other.model has sha256 .* but the model was made with"):
+    with pytest.raises(SystemExit, match=r"--tokenizer .*other.model has sha256 .* was made with"):
         sample.main([str(lone), "the", "--tokenizer", str(other)])
 
     named = say(capsys, str(lone), "the", "--tokenizer", str(data.tokenizer))
@@ -276,16 +276,16 @@ def test_tokenizer_is_found_or_asked_for(trained, data, tmp_path, capsys):
 
 
 def test_missing_or_double_artifact_is_an_error_with_a_remedy(trained, tmp_path):
-    with pytest.raises(SystemExit, match=r"ARTIFACT=.*nowhere does not exist: name a final_model"):
+    with pytest.raises(SystemExit, match=r"nowhere does not exist: name an artifact"):
         sample.main([str(tmp_path / "nowhere"), "the"])
-    with pytest.raises(SystemExit, match=r"is a folder without a final_model"):
+    with pytest.raises(SystemExit, match=r"is a folder without final_model"):
         sample.main([str(tmp_path), "the"])
     for codec in ("a", "b"):
         shutil.copyfile(trained.artifact, tmp_path / f"final_model.{codec}.ptz")
-    with pytest.raises(SystemExit, match=r"final_model.a.ptz, .*final_model.b.ptz: name one of them"):
+    with pytest.raises(SystemExit, match=r"final_model.a.ptz, final_model.b.ptz: name one of these"):
         sample.main([str(tmp_path), "the"])
     (tmp_path / "script.py").write_text("")
-    with pytest.raises(SystemExit, match=r"--script=.*script.py has no load_artifact"):
+    with pytest.raises(SystemExit, match=r"script.py has no load_artifact"):
         sample.main([str(trained.artifact), "the", "--script", str(tmp_path / "script.py")])
 
 

@@ -12,7 +12,9 @@ Opening an artifact runs the record's script without a sandbox. Do so only with 
 
 from __future__ import annotations
 
+import inspect
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,22 +47,30 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
     artifact: Path
     script: Path
+    script_module: types.ModuleType  # what the script defines
     run: dict[str, Any]  # run.json beside the artifact, or nothing
     device: torch.device
 
 
-def open_subject(path: Path, script: Path | None = None, tokenizer: Path | None = None, device: str = "cpu") -> Subject:
+def open_subject(
+    path: Path,
+    script: Path | None = None,
+    tokenizer: Path | None = None,
+    device: str = "cpu",
+    compute_dtype: str = "",
+) -> Subject:
     """Find and load an artifact, its script and its tokenizer.
 
     path        an artifact, or the folder of a run or of a record with one artifact in it
     script      the train_gpt.py that rebuilds it; by default the one beside it, or else the root's
     tokenizer   by default the file with the artifact's sha256 that lies beside it, is named by its run.json, or is in
-                data/tokenizers
+                data/
+    compute_dtype   of activations, where the script leaves a choice; by default what the artifact's config names
 
     Raises OSError or ValueError, naming the file and what to do.
     """
     artifact = find_artifact(path)
-    folder = artifact.parent
+    folder = artifact.resolve().parent  # runs/latest is a link
     if script is None:
         script = script_path(folder) if script_path(folder).is_file() else ROOT / "train_gpt.py"
     if not script.is_file():
@@ -68,7 +78,10 @@ def open_subject(path: Path, script: Path | None = None, tokenizer: Path | None 
     module = load_script(str(script))
     if not hasattr(module, "load_artifact"):
         raise ValueError(f"{script} has no load_artifact, so its model is not a fixed one: it cannot be scored here")
-    model = module.load_artifact(artifact, device)
+    options = {}
+    if compute_dtype and "compute_dtype" in inspect.signature(module.load_artifact).parameters:
+        options["compute_dtype"] = compute_dtype
+    model = module.load_artifact(artifact, device, **options)
     config = model.config
 
     # A record has such a file for each seed; what is read of it is the same in all.
@@ -92,7 +105,7 @@ def open_subject(path: Path, script: Path | None = None, tokenizer: Path | None 
             f"{tokenizer} has {loaded.sp.get_piece_size()} pieces and BOS {loaded.sp.bos_id()}, but {artifact} says "
             f"{config.vocab_size} and {config.bos_id}: name the tokenizer that it was made with by --tokenizer"
         )
-    return Subject(model, config, loaded, artifact, script, run, torch.device(device))
+    return Subject(model, config, loaded, artifact, script, module, run, torch.device(device))
 
 
 def find_artifact(path: Path) -> Path:
@@ -109,13 +122,16 @@ def find_artifact(path: Path) -> Path:
 
 def find_tokenizer(folder: Path, run: Mapping[str, Any], sha256: str) -> Path:
     """The tokenizer with this sha256 near an artifact. Raises FileNotFoundError if there is none."""
+    # A run names its files from where it was started, which is most often where its folder runs/<RUN_ID> lies.
+    starts = (Path(), folder.parent.parent, ROOT)
     places = [
         data_path(folder) / "tokenizer.model",
         folder / "tokenizer.model",
-        *(Path(base, str(run.get("tokenizer_path", ""))) for base in (".", ROOT)),
-        *(Path(base, str(run.get("data_path", "")), "tokenizer.model") for base in (".", ROOT)),
+        *(start / str(run.get("tokenizer_path", "")) for start in starts),
+        *(start / str(run.get("data_path", "")) / "tokenizer.model" for start in starts),
         *sorted(Path("data/tokenizers").glob("*.model")),
         *sorted((ROOT / "data" / "tokenizers").glob("*.model")),
+        *sorted((ROOT / "data" / "datasets").glob("*/tokenizer.model")),
     ]
     for place in places:
         if place.is_file() and sha256 in ("", file_sha256(place)):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import inspect
 import io
 import itertools
 import math
@@ -33,16 +32,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import ROOT, data_path, file_sha256, read_json, script_path
-from worker import load_script
-
-sys.path.insert(0, str(ROOT / "data"))
 if __name__ == "__main__":
     # OpenMP reads this when torch is loaded: threads that wait should leave their core to others.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
+from artifact import open_subject
 from tokenizer import Tokenizer
 from torch import Tensor
 from transforms import Transform
@@ -239,80 +235,6 @@ class Speaker:
 # --- Files ---
 
 
-def find_artifact(path: Path) -> Path:
-    """The artifact that is meant: the file itself, or the only one in the folder of a run or record."""
-    if not path.exists():
-        raise FileNotFoundError(f"ARTIFACT={path} does not exist: name a final_model.*.ptz, or a folder that has one")
-    if not path.is_dir():
-        return path
-    artifacts = sorted(path.glob("final_model.*.ptz"))
-    if not artifacts:
-        raise FileNotFoundError(f"ARTIFACT={path} is a folder without a final_model.*.ptz: name another, or train")
-    if len(artifacts) > 1:
-        raise ValueError(f"ARTIFACT={path} is a folder with {', '.join(map(str, artifacts))}: name one of them")
-    return artifacts[0]
-
-
-def find_script(folder: Path) -> Path:
-    """The script that loads an artifact of this folder: a record has its own."""
-    own = script_path(folder)
-    return own if own.is_file() else script_path(ROOT)
-
-
-def load_model(script: types.ModuleType, artifact: Path) -> Any:
-    """The model of an artifact on the CPU."""
-    if not hasattr(script, "load_artifact"):
-        raise ValueError(f"--script={script.__file__} has no load_artifact: name the script that made the artifact")
-    # bfloat16, in which GPUs train, takes 1.5 times as long on a CPU. Scripts need not have a choice, but ours have.
-    if "compute_dtype" in inspect.signature(script.load_artifact).parameters:
-        return script.load_artifact(artifact, "cpu", compute_dtype="float32")
-    return script.load_artifact(artifact, "cpu")
-
-
-def likely_tokenizers(folder: Path) -> Iterator[Path]:
-    """Files that may be the tokenizer of a model in this folder, the most likely one first."""
-    # A run names its tokenizer from where it was started, which is most often where its folder runs/<RUN_ID> lies.
-    starts = (Path(), folder.parent.parent, ROOT)
-    for results in (folder / "run.json", *sorted(folder.glob("train_seed*.json"))):
-        if results.is_file():
-            named = read_json(results).get("tokenizer_path", "")
-            yield from (start / named for start in starts)
-    yield folder / "tokenizer.model"
-    yield data_path(folder) / "tokenizer.model"
-    yield from sorted((ROOT / "data" / "tokenizers").glob("*.model"))
-    yield from sorted((ROOT / "data" / "datasets").glob("*/tokenizer.model"))
-
-
-def find_tokenizer(folder: Path, wanted_sha256: str) -> Path:
-    """The tokenizer that a model in this folder was made with. FileNotFoundError if it is not here."""
-    for path in likely_tokenizers(folder):
-        if path.is_file() and wanted_sha256 in ("", file_sha256(path)):
-            return path
-    raise FileNotFoundError(
-        f"the model's tokenizer, with sha256 {wanted_sha256 or 'unknown'}, is neither where its run.json says nor in "
-        f"{ROOT / 'data'}: name its .model file with --tokenizer"
-    )
-
-
-def load_tokenizer(path: Path, config: Any) -> Tokenizer:
-    """The tokenizer in a file. ValueError if it is not that of the model."""
-    tokenizer = Tokenizer(path.read_bytes(), path)
-    found_sha256 = file_sha256(path)
-    wanted_sha256 = config.tokenizer_sha256
-    if wanted_sha256 and found_sha256 != wanted_sha256:
-        raise ValueError(
-            f"--tokenizer={path} has sha256 {found_sha256}, but the model was made with {wanted_sha256}: name that one"
-        )
-    n_pieces = tokenizer.sp.get_piece_size()
-    bos_id = tokenizer.sp.bos_id()
-    if (n_pieces, bos_id) != (config.vocab_size, config.bos_id):
-        raise ValueError(
-            f"--tokenizer={path} has {n_pieces} pieces and BOS {bos_id}, but the model has {config.vocab_size} and BOS "
-            f"{config.bos_id}: name the tokenizer that the model was made with"
-        )
-    return tokenizer
-
-
 # --- Command ---
 
 
@@ -369,15 +291,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_speaker(args: argparse.Namespace) -> Speaker:
     """Everything that the arguments name, found and read. OSError or ValueError where that fails."""
-    artifact = find_artifact(args.artifact)
-    # runs/latest is a link.
-    folder = artifact.resolve().parent
-    script = load_script(str(args.script or find_script(folder)))
-    model = load_model(script, artifact)
-    tokenizer_path = args.tokenizer or find_tokenizer(folder, model.config.tokenizer_sha256)
-    tokenizer = load_tokenizer(tokenizer_path, model.config)
+    # bfloat16, in which GPUs train, takes 1.5 times as long on a CPU.
+    subject = open_subject(args.artifact, args.script, args.tokenizer, compute_dtype="float32")
     sampling = Sampling(args.temperature, args.top_p, args.min_p, args.max_tokens)
-    return Speaker(Reader(script, model), tokenizer, sampling)
+    return Speaker(Reader(subject.script_module, subject.model), subject.tokenizer, sampling)
 
 
 def speak_to(prompts: Iterator[str], speaker: Speaker, args: argparse.Namespace) -> None:

@@ -880,7 +880,8 @@ class Signals:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            show("stopping after this step, Ctrl-C again stops at once and keeps nothing of it", sys.stderr)
+            # On a line of its own, below a progress bar.
+            show("\nstopping after this step, Ctrl-C again stops at once and keeps nothing of it", sys.stderr)
 
 
 # Takes the part of a phase that is done, 0 to 1, and a few words about it.

@@ -2551,9 +2551,13 @@ MAY_CHANGE = PLACES | {
 }
 
 
+def names_of_parameters(model: GPT) -> dict[Tensor, str]:
+    return {p: name for name, p in model.named_parameters()}
+
+
 def changing_tensors(learner: Learner, progress: Progress) -> dict[str, Tensor]:
     """Everything that steps change, by name: weights, their average, and what the optimizers remember."""
-    names: dict[Tensor, str] = {p: name for name, p in learner.model.named_parameters()}
+    names = names_of_parameters(learner.model)
     tensors = {f"weight {name}": p.detach() for p, name in names.items()}
     for name, average in zip(names.values(), progress.average, strict=bool(progress.average)):
         tensors[f"average {name}"] = average
@@ -2763,17 +2767,18 @@ def agree_on_checkpoint(env: Mapping[str, str], last_folder: str, world: World) 
 
     Raises ValueError, on all ranks, if RESUME names none.
     """
-    path = ""
+    found = None
     problem = ""
     if world.rank == 0:
         try:
             found = newest_checkpoint(Path(last_folder)) if last_folder else find_checkpoint(env)
-            path = str(found.path) if found else ""
         except ValueError as error:
             problem = str(error)
     if problem := world.agree_on_text(problem):
         raise ValueError(problem)
-    path = world.agree_on_text(path)
+    path = world.agree_on_text(str(found.path) if found else "")
+    if world.rank == 0:
+        return found
     return read_checkpoint(Path(path)) if path else None
 
 
@@ -2838,7 +2843,7 @@ def restore(checkpoint: Checkpoint, learner: Learner, loader: Loader, run: Run) 
     # gradient yet, because no layers were looped, has none.
     train_step(learner, loader.batch(0)[:1], 1.0, 0.0, run)
     in_file = {name for name, _ in checkpoint.header["tensors"]}
-    names: dict[Tensor, str] = {p: name for name, p in learner.model.named_parameters()}
+    names = names_of_parameters(learner.model)
     for optimizer in learner.optimizers:
         for p, state in list(optimizer.state.items()):
             if in_file.isdisjoint(f"{key} {names[p]}" for key in state):

@@ -13,15 +13,15 @@ import struct
 import subprocess
 import sys
 import time
-import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import JUNK, memory_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,17 +120,6 @@ def refused(tmp_path_factory) -> Callable[[bytes], str]:
         return str(caught.value)
 
     return check
-
-
-@contextlib.contextmanager
-def memory_below(limit: int) -> Iterator[None]:
-    """Fail if what Python and numpy allocate inside comes to more than `limit` bytes at any time."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 # -- what is written comes back ------------------------------------------------------------------------------------
@@ -574,13 +563,6 @@ def test_any_shape_in_few_bytes_is_refused_soon(refused, shape, codec, n_bytes, 
     with memory_below(2**26):
         refused(hostile)
     assert time.process_time() - begin < 4  # 2 without tracemalloc
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
 
 
 @settings(max_examples=100)

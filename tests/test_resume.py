@@ -14,16 +14,15 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FinishedRun
+from conftest import JUNK, FinishedRun, memory_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -494,17 +493,6 @@ def test_spike_is_a_loss_far_above_the_mean_of_the_ten_before(losses, loss, is_s
     assert progress.is_spike(loss) is is_spike
 
 
-@contextlib.contextmanager
-def memory_below(limit: int) -> Iterator[None]:
-    """Fail if what Python and numpy allocate inside comes to more than `limit` bytes at any time."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
-
-
 # -- hostile checkpoints ---------------------------------------------------------------------------------------------
 
 
@@ -642,13 +630,6 @@ def test_checkpoint_that_is_no_regular_file_is_refused(kind, tmp_path):
         os.mkfifo(path)
     with pytest.raises(ValueError, match="is no regular file"):
         tg.read_checkpoint(path)
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
 
 
 @settings(max_examples=150)

@@ -232,9 +232,6 @@ class Speaker:
         remark(f"[seed {seed}: {n_tokens} tokens, {n_tokens / seconds:.0f} per second ({how}), {end}]")
 
 
-# --- Files ---
-
-
 # --- Command ---
 
 

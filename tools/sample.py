@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from artifact import open_subject
+from artifact import Subject, open_subject
 from tokenizer import Tokenizer
 from torch import Tensor
 from transforms import Transform
@@ -230,6 +230,14 @@ class Speaker:
         end = "the document ends" if n_tokens < self.sampling.max_tokens else f"--max-tokens {n_tokens}"
         how = "no cache, the context is read again for each" if self.reader.make_cache is None else "cache"
         remark(f"[seed {seed}: {n_tokens} tokens, {n_tokens / seconds:.0f} per second ({how}), {end}]")
+
+
+def sampled_text(subject: Subject, prompt: str, sampling: Sampling, seed: int) -> str:
+    """The prompt and how the model goes on from it."""
+    reader = Reader(subject.script_module, subject.model)
+    prompt_ids = subject.tokenizer.encode(prompt).tolist()
+    ids = [*prompt_ids, *generate(reader, [subject.config.bos_id, *prompt_ids], sampling, seed)]
+    return TextStream(subject.tokenizer).add(ids, is_final=True)
 
 
 # --- Command ---

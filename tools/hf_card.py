@@ -1,0 +1,332 @@
+"""The model card of an exported model: README.md, and the figure in it.
+
+    from hf_card import CardFacts, write_card
+
+    write_card(subject, CardFacts("my-model", "mit", [Path("lmeval.json")]), folder)
+
+Everything in it is read from what the run left: run.json, the log, a record's submission.json, and the JSON files of
+tools/evaluate.py. What none of them tells is left to the author, in comments.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plot
+from artifact import Subject
+from evaluate import CHOICE_ROWS, NAMES, TEXT_ROWS
+from huggingface_hub import EvalResult, ModelCardData
+from parameters import parameters_by_component
+from record import Submission, file_sha256, load_submission
+from sample import Sampling, sampled_text
+
+# Short, so that they say little of what may follow. They are not chosen by their results.
+PROMPTS = ("The", "In the morning", "What is")
+SEED = 1337
+SAMPLING = Sampling(temperature=0.8, top_p=0.95, min_p=0.0, max_tokens=120)
+
+# Data sets of the Hub that published shards are made from, by how the names of the shards' folders begin.
+HUB_DATA = {"fineweb10B": "HuggingFaceFW/fineweb"}
+HUB_BENCHMARKS = {
+    "wikitext2": "EleutherAI/wikitext_document_level",
+    "blimp": "nyu-mll/blimp",
+    "arc_easy": "allenai/ai2_arc",
+}
+# What the front matter tells of a benchmark; the card has the other figures too.
+HUB_METRICS = {"bpb": "bits per byte", "acc": "accuracy", "acc_norm": "accuracy by log-probability per character"}
+PROTOCOLS = {
+    "lmeval": "the definitions of lm-evaluation-harness 0.4.13",
+    "board": "the definitions of the boards for tiny models: no BOS, at most 256 tokens",
+}
+OPEN_END = "<!-- Write here what the files of the run do not tell: {} -->"
+
+
+class CardFacts(NamedTuple):
+    """What the author tells."""
+
+    name: str
+    licence: str  # as the Hub spells it, such as apache-2.0; empty if the author names none
+    results: Sequence[Path]  # JSON files of tools/evaluate.py
+
+
+class Card(NamedTuple):
+    """All that the card is made of."""
+
+    facts: CardFacts
+    subject: Subject
+    submission: Submission | None
+    results: list[dict[str, Any]]
+    has_curve: bool
+
+    @property
+    def licence(self) -> str:
+        """The author's, or that of the record, in the spelling of the Hub."""
+        if self.facts.licence or self.submission is None:
+            return self.facts.licence.lower()
+        return self.submission.licence.lower()
+
+
+def write_card(subject: Subject, facts: CardFacts, folder: Path) -> None:
+    """Write README.md, and beside it the figure and copies of the benchmark files.
+
+    Raises OSError or ValueError for files that cannot be read, and for results of another artifact.
+    """
+    home = subject.artifact.resolve().parent
+    submission = load_submission(home) if (home / "submission.json").is_file() else None
+    results = [read_results(path, subject) for path in facts.results]
+    for path, result in zip(facts.results, results, strict=True):
+        shutil.copyfile(path, folder / f"results_{result['protocol']}.json")
+
+    log = find_log(subject, home)
+    if log is not None:
+        plot.main([str(log), "--out", str(folder / "loss.svg")])
+    card = Card(facts, subject, submission, results, has_curve=log is not None)
+    text = f"---\n{front_matter(card)}\n---\n\n" + "\n".join(sections(card))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def find_log(subject: Subject, home: Path) -> Path | None:
+    """The log of the run that wrote the artifact."""
+    seed = subject.run.get("seed")
+    for path in (home / "log.txt", home / f"train_seed{seed}.log"):
+        if path.is_file():
+            return path
+    return None
+
+
+def read_results(path: Path, subject: Subject) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    sha256 = file_sha256(subject.artifact)
+    if results.get("artifact_sha256") != sha256 or results.get("protocol") not in PROTOCOLS:
+        raise ValueError(
+            f"{path} is not what tools/evaluate.py --out wrote for the artifact with sha256 {sha256}: evaluate it again"
+        )
+    return results
+
+
+# --- Front matter ---
+
+
+def front_matter(card: Card) -> str:
+    """What the Hub reads, as YAML."""
+    data_set = str(card.subject.run.get("train_dataset", ""))
+    data = ModelCardData(
+        language="en",
+        license=card.licence or "unknown",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["parameter-golf"],
+        datasets=[hub for prefix, hub in HUB_DATA.items() if data_set.startswith(prefix)] or None,
+        model_name=card.facts.name,
+        eval_results=list(hub_results(card)),
+    )
+    return data.to_yaml()
+
+
+def hub_results(card: Card) -> Iterator[EvalResult]:
+    """The figures of every benchmark that was scored as a whole, and the score of the run."""
+    if "val_bpb" in card.subject.run:
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"validation split of {card.subject.run['train_dataset']}",
+            metric_type="bpb",
+            metric_name=HUB_METRICS["bpb"],
+            metric_value=round(card.subject.run["val_bpb"], 4),
+        )
+    for results in card.results:
+        for task, of_task in results["tasks"].items():
+            if of_task["partial"] or task not in HUB_BENCHMARKS:
+                continue
+            for metric, name in HUB_METRICS.items():
+                if of_task.get(metric) is not None:
+                    yield EvalResult(
+                        task_type="text-generation",
+                        dataset_type=HUB_BENCHMARKS[task],
+                        dataset_name=f"{NAMES[task]}, protocol {results['protocol']}",
+                        metric_type=metric,
+                        metric_name=name,
+                        metric_value=round(of_task[metric], 4),
+                    )
+
+
+# --- Text ---
+
+
+def sections(card: Card) -> Iterator[str]:
+    """The card, part by part."""
+    yield from introduction(card)
+    yield from usage(card)
+    yield from figures(card)
+    yield from parameters(card)
+    yield from data(card)
+    yield from training(card)
+    yield from samples(card)
+    yield from limits(card)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def introduction(card: Card) -> Iterator[str]:
+    run = card.subject.run
+    n_parameters = sum(p.numel() for p in card.subject.model.parameters())
+    yield f"# {card.facts.name}"
+    yield ""
+    if card.submission is not None:
+        yield card.submission.blurb
+        yield ""
+    text = f"A language model of {n_parameters:,} parameters, trained from nothing by one script of parameter golf"
+    if "val_bpb" in run:
+        text += (
+            f". It was stored in {run['bytes_artifact']:,} bytes and scores {run['val_bpb']:.4f} bits per byte on the "
+            f"{run['val_documents']:,} validation documents of {run['train_dataset']}. These are the weights that those "
+            "bytes stand for"
+        )
+    yield f"{text}. It continues texts; it was not taught to follow instructions."
+    yield ""
+
+
+def usage(card: Card) -> Iterator[str]:
+    yield f"""## Use
+
+```python
+from transformers import pipeline
+
+speak = pipeline("text-generation", model="{card.facts.name}", trust_remote_code=True)
+print(speak("Once upon a time")[0]["generated_text"])
+```
+
+The model's code, `golf_script.py`, is part of this folder, which is why `trust_remote_code` is needed. The tokenizer puts
+`{card.subject.tokenizer.sp.id_to_piece(card.subject.config.bos_id)}` in front of a text, and generation ends where the
+model begins a next document.
+"""
+
+
+def figures(card: Card) -> Iterator[str]:
+    yield "## Figures"
+    yield ""
+    if not card.results:
+        yield OPEN_END.format("benchmarks, by tools/evaluate.py and --results")
+        yield ""
+    for results in card.results:
+        yield f"By {PROTOCOLS[results['protocol']]}. Figures of another protocol cannot be compared with these."
+        yield ""
+        yield from table(("benchmark", "figure", ""), list(figure_rows(results)))
+
+
+def figure_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for task, of_task in results["tasks"].items():
+        name = NAMES[task]
+        if of_task["partial"]:
+            name += f" (a part: {', '.join(of_task['partial'])})"
+        for key, words, digits, factor in (*CHOICE_ROWS, *TEXT_ROWS):
+            value = of_task.get(key)
+            if value is None:
+                continue
+            text = f"{factor * value:,.{digits}f}"
+            error = of_task.get(f"{key}_stderr")
+            if error is not None:
+                text += f" ± {factor * error:.{digits}f}"
+            yield name, words, text
+
+
+def parameters(card: Card) -> Iterator[str]:
+    model = card.subject.model
+    counts = parameters_by_component(model.named_parameters())
+    total = sum(counts.values())
+    rows = [(name, f"{n:,}") for name, n in counts.items()]
+    embedding = card.subject.config.vocab_size * card.subject.config.model_dim
+    yield "## Parameters"
+    yield ""
+    yield from table(("component", "parameters"), [*rows, ("**all**", f"**{total:,}**")])
+    yield f"The embedding is the output matrix too. Counted twice, the model has {total + embedding:,} parameters."
+    yield ""
+
+
+def data(card: Card) -> Iterator[str]:
+    run = card.subject.run
+    tokenizer = card.subject.tokenizer
+    lossless = {True: "Any text can be given back", False: "It does not give every text back"}.get(
+        run.get("tokenizer_lossless"), "Nobody has looked whether it gives every text back"
+    )
+    yield "## Data and tokenizer"
+    yield ""
+    rows = [
+        ("training text", f"{run['train_dataset']}, {run['train_tokens']:,} tokens" if run else "not known"),
+        ("validation text, sha256", f"`{run.get('val_text_sha256') or 'not known'}`"),
+        ("validation shards, sha256", f"`{run.get('val_shards_sha256') or 'not known'}`"),
+        ("tokenizer", f"SentencePiece BPE, {tokenizer.sp.get_piece_size():,} pieces. {lossless}"),
+        ("tokenizer, sha256", f"`{file_sha256(tokenizer.path)}`"),
+        ("artifact, sha256", f"`{file_sha256(card.subject.artifact)}`"),
+        ("script, sha256", f"`{file_sha256(card.subject.script)}`"),
+    ]
+    yield from table(("", ""), rows)
+    yield OPEN_END.format("where the training text comes from, and under which licence")
+    yield ""
+
+
+def training(card: Card) -> Iterator[str]:
+    run = card.subject.run
+    if not run:
+        return
+    yield "## Training"
+    yield ""
+    n_tokens = run["steps"] * run["train_batch_tokens"]
+    yield (
+        f"{run['steps']:,} steps on {n_tokens:,} tokens, in {run['train_seconds']:,.0f} seconds on {run['world_size']}x "
+        f"{run['device'].split(':', 1)[-1].replace('_', ' ')}, with torch {run['torch']} and seed {run['seed']}. "
+        f"The context is {run['train_seq_len']:,} tokens."
+    )
+    changed = " ".join(f"{name}={value}" for name, value in run.get("settings_changed", {}).items() if name != "OUT_DIR")
+    yield f"Settings: `PRESET={run['preset']}{' ' if changed else ''}{changed}`."
+    yield ""
+    if card.has_curve:
+        yield "![loss of training and validation](loss.svg)"
+        yield ""
+
+
+def samples(card: Card) -> Iterator[str]:
+    yield "## Samples"
+    yield ""
+    yield (
+        f"With seed {SEED}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, at most {SAMPLING.max_tokens} "
+        "tokens. The first ones, not the best ones."
+    )
+    yield ""
+    for prompt in PROMPTS:
+        text = sampled_text(card.subject, prompt, SAMPLING, SEED)
+        yield f"> **{prompt}**{markdown(text.removeprefix(prompt))}"
+        yield ""
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, inside a quotation."""
+    for character in "\\`*_#<>[]|&~$":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", "  \n> ")
+
+
+def limits(card: Card) -> Iterator[str]:
+    context = card.subject.config.eval_seq_len
+    licence = card.licence or "The author has not named one, so that you may not pass the model on."
+    yield f"""## Limits
+
+It is small, and makes up most of what sounds like a fact. It was scored with a context of {context:,} tokens; nobody has
+looked at what it does beyond. It repeats what its training text says about people, with whatever is wrong in that.
+
+## Licence
+
+{licence}
+
+{OPEN_END.format("how much of the work was done by machines, which competitions ask for")}
+"""

@@ -1,8 +1,9 @@
-"""Run lm-evaluation-harness itself on an artifact, with any of its tasks.
+"""Run lm-evaluation-harness itself on an artifact or on an exported model, with any of its tasks.
 
     pip install -r requirements-lmeval.txt
     python tools/harness.py runs/latest --tasks blimp,arc_easy,wikitext
     python tools/harness.py runs/latest --tasks blimp,arc_easy,wikitext --data DIR --limit 10
+    python tools/harness.py out/my-model --tasks hellaswag          what tools/export_hf.py wrote, through transformers
 
 Without --data, the harness fetches its data from the Hub. With it, these three tasks read the local files that
 tools/evaluate.py reads. All else is the harness's own: prompts, how a prompt and a choice are encoded, windows and
@@ -41,6 +42,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.config.group import GroupConfig
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as missing:
@@ -101,6 +103,22 @@ class ArtifactLM(TemplateLM):
         raise NotImplementedError("an artifact is only scored here: choose tasks that do not generate")
 
 
+class ExportedLM(HFLM):
+    """A folder of tools/export_hf.py, loaded by transformers as its users load it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=16)
+        self.add_bos_token: bool | None = None
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        # The tokenizer puts a BOS in front of a text, and so does the harness in front of a text without a prompt. One
+        # is enough: with two, WikiText-2 takes 0.0005 bits per byte more.
+        self.add_bos_token = False
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        self.add_bos_token = None
+        return scores
+
+
 def official_task(name: str, file: str, split: str, rows: list[dict[str, Any]]) -> ConfigurableTask:
     """A task of the harness as its own file defines it, with these rows in place of its data set."""
     task = load_yaml(TASKS / file)
@@ -142,7 +160,9 @@ def local_tasks(names: Sequence[str], data: Path) -> list[Any]:
     return tasks
 
 
-def run_harness(model: ArtifactLM, names: Sequence[str], data: Path | None, limit: int | None) -> dict[str, Any]:
+def run_harness(
+    model: ArtifactLM | ExportedLM, names: Sequence[str], data: Path | None, limit: int | None
+) -> dict[str, Any]:
     """The results of lm_eval.simple_evaluate by task. Only `limit` items of each are scored, if it is given."""
     tasks = list(names) if data is None else local_tasks(names, data)
     # Errors of accuracies are computed. Those of perplexities are drawn, with few draws, because nobody reads them.
@@ -152,7 +172,9 @@ def run_harness(model: ArtifactLM, names: Sequence[str], data: Path | None, limi
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a file, or the folder of a run or a record")
+    parser.add_argument(
+        "artifact", type=Path, metavar="ARTIFACT", help="a file, or the folder of a run, a record or an export"
+    )
     parser.add_argument("--tasks", default="blimp,arc_easy,wikitext", help="of the harness (default: %(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="local benchmark files, instead of the Hub's")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of every task only")
@@ -163,7 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there")
     args = parser.parse_args(argv)
     try:
-        model = ArtifactLM(open_subject(args.artifact, args.script, args.tokenizer))
+        if (args.artifact / "config.json").is_file():
+            model = ExportedLM(args.artifact)
+        else:
+            model = ArtifactLM(open_subject(args.artifact, args.script, args.tokenizer))
         results = run_harness(model, args.tasks.split(","), args.data, args.limit)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

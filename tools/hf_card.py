@@ -42,6 +42,8 @@ PROTOCOLS = {
     "lmeval": "the definitions of lm-evaluation-harness 0.4.13",
     "board": "the definitions of the boards for tiny models: no BOS, at most 256 tokens",
 }
+# Settings that change nothing about the model.
+NOT_TOLD = {"OUT_DIR", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "SEED"}
 OPEN_END = "<!-- Write here what the files of the run do not tell: {} -->"
 
 
@@ -188,15 +190,16 @@ def introduction(card: Card) -> Iterator[str]:
     text = f"A language model of {n_parameters:,} parameters, trained from nothing by one script of parameter golf"
     if "val_bpb" in run:
         text += (
-            f". It was stored in {run['bytes_artifact']:,} bytes and scores {run['val_bpb']:.4f} bits per byte on the "
-            f"{run['val_documents']:,} validation documents of {run['train_dataset']}. These are the weights that those "
-            "bytes stand for"
+            f". It was stored in {run['bytes_artifact']:,} bytes, which these weights are read from, and scores "
+            f"{run['val_bpb']:.4f} bits per byte on the {run['val_documents']:,} validation documents of "
+            f"{run['train_dataset']}"
         )
     yield f"{text}. It continues texts; it was not taught to follow instructions."
     yield ""
 
 
 def usage(card: Card) -> Iterator[str]:
+    bos = card.subject.tokenizer.sp.id_to_piece(card.subject.config.bos_id)
     yield f"""## Use
 
 ```python
@@ -206,9 +209,8 @@ speak = pipeline("text-generation", model="{card.facts.name}", trust_remote_code
 print(speak("Once upon a time")[0]["generated_text"])
 ```
 
-The model's code, `golf_script.py`, is part of this folder, which is why `trust_remote_code` is needed. The tokenizer puts
-`{card.subject.tokenizer.sp.id_to_piece(card.subject.config.bos_id)}` in front of a text, and generation ends where the
-model begins a next document.
+The model's code, `golf_script.py`, is part of this folder, which is why `trust_remote_code` is needed. The tokenizer
+puts `{bos}` in front of a text, and generation ends where the model begins a next document.
 """
 
 
@@ -256,9 +258,10 @@ def parameters(card: Card) -> Iterator[str]:
 def data(card: Card) -> Iterator[str]:
     run = card.subject.run
     tokenizer = card.subject.tokenizer
-    lossless = {True: "Any text can be given back", False: "It does not give every text back"}.get(
-        run.get("tokenizer_lossless"), "Nobody has looked whether it gives every text back"
-    )
+    if run.get("tokenizer_lossless"):
+        lossless = "It gives any text back"
+    else:
+        lossless = "It may change a text, such as its blanks and line ends"
     yield "## Data and tokenizer"
     yield ""
     rows = [
@@ -282,13 +285,14 @@ def training(card: Card) -> Iterator[str]:
     yield "## Training"
     yield ""
     n_tokens = run["steps"] * run["train_batch_tokens"]
+    device = run["device"].split(":", 1)[-1].replace("_", " ")
     yield (
-        f"{run['steps']:,} steps on {n_tokens:,} tokens, in {run['train_seconds']:,.0f} seconds on {run['world_size']}x "
-        f"{run['device'].split(':', 1)[-1].replace('_', ' ')}, with torch {run['torch']} and seed {run['seed']}. "
-        f"The context is {run['train_seq_len']:,} tokens."
+        f"{run['steps']:,} steps on {n_tokens:,} tokens with a context of {run['train_seq_len']:,}, in "
+        f"{run['train_seconds']:,.0f} seconds on {run['world_size']}x {device}, with torch {run['torch']} and seed "
+        f"{run['seed']}."
     )
-    changed = " ".join(f"{name}={value}" for name, value in run.get("settings_changed", {}).items() if name != "OUT_DIR")
-    yield f"Settings: `PRESET={run['preset']}{' ' if changed else ''}{changed}`."
+    changed = [f"{name}={value}" for name, value in run["settings_changed"].items() if name not in NOT_TOLD]
+    yield f"Settings: `{' '.join(['PRESET=' + run['preset'], *changed])}`."
     yield ""
     if card.has_curve:
         yield "![loss of training and validation](loss.svg)"
@@ -298,13 +302,14 @@ def training(card: Card) -> Iterator[str]:
 def samples(card: Card) -> Iterator[str]:
     yield "## Samples"
     yield ""
+    last_seed = SEED + len(PROMPTS) - 1
     yield (
-        f"With seed {SEED}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, at most {SAMPLING.max_tokens} "
-        "tokens. The first ones, not the best ones."
+        f"Seeds {SEED} to {last_seed}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, at most "
+        f"{SAMPLING.max_tokens} tokens. They are the first ones, not the best ones."
     )
     yield ""
-    for prompt in PROMPTS:
-        text = sampled_text(card.subject, prompt, SAMPLING, SEED)
+    for i, prompt in enumerate(PROMPTS):
+        text = sampled_text(card.subject, prompt, SAMPLING, SEED + i)
         yield f"> **{prompt}**{markdown(text.removeprefix(prompt))}"
         yield ""
 
@@ -321,8 +326,8 @@ def limits(card: Card) -> Iterator[str]:
     licence = card.licence or "The author has not named one, so that you may not pass the model on."
     yield f"""## Limits
 
-It is small, and makes up most of what sounds like a fact. It was scored with a context of {context:,} tokens; nobody has
-looked at what it does beyond. It repeats what its training text says about people, with whatever is wrong in that.
+It is small, and makes up most of what sounds like a fact. It was scored with a context of {context:,} tokens; nobody
+has looked at what it does beyond. It repeats what its training text says about people, with whatever is wrong in that.
 
 ## Licence
 

@@ -26,7 +26,9 @@ def model_source(source: str, roots: Sequence[str]) -> str:
             definitions.setdefault(name, []).append(statement)
     for root in roots:
         if root not in definitions:
-            raise ValueError(f"the script does not define {root} at its top level, so that its model cannot be exported")
+            raise ValueError(
+                f"the script does not define {root} at its top level, so that its model cannot be exported"
+            )
 
     needed = set[ast.stmt]()
     names = list(roots)
@@ -73,7 +75,7 @@ def names_defined_by(statement: ast.stmt | ast.ExceptHandler) -> Iterator[str]:
 def names_used_by(statement: ast.stmt) -> Iterator[str]:
     """The names that are looked up when a statement runs, or what it defines.
 
-    Annotations of functions are left out. With `from __future__ import annotations` they are never evaluated, and they
+    Annotations of arguments are left out. With `from __future__ import annotations` they are never evaluated, and they
     may name what belongs to training.
     """
     todo: list[ast.AST] = [statement]
@@ -82,7 +84,7 @@ def names_used_by(statement: ast.stmt) -> Iterator[str]:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             yield node.id
         for field, value in ast.iter_fields(node):
-            if field in ("returns", "annotation") and not isinstance(statement, ast.ClassDef):
+            if field == "returns" or (field == "annotation" and isinstance(node, ast.arg)):
                 continue
             children = value if isinstance(value, list) else [value]
             todo += [child for child in children if isinstance(child, ast.AST)]

@@ -123,8 +123,8 @@ class GolfForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) float32 of what follows each of `input_ids` (B, T) int64.
 
-        attention_mask    (B, T), 0 for padding in front of a text; with a cache, T counts its tokens too. Padding behind
-                          a text changes nothing, since no token sees what comes later.
+        attention_mask    (B, T), 0 for padding in front of a text; with a cache, T counts its tokens too. Padding
+                          behind a text changes nothing, since no token sees what comes later.
         past_key_values   from the call before; `input_ids` go on with its texts
         labels            (B, T) int64, -100 for none. They are shifted here, as everywhere in transformers.
         logits_to_keep    how many of the last positions to give logits of; 0 means all

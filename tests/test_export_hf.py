@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -96,13 +97,8 @@ def test_published_tokenizers_are_converted_on_real_text():
             assert fast.decode(ids) == tokenizer.sp.decode(ids)
 
 
-def test_tokenizers_with_other_rules_are_refused(train_tokenizer):
-    caseops = train_lossless(DOCUMENTS, 340, caseops=True)
-    with pytest.raises(ValueError, match=r"x\.model writes capitals as operators"):
-        hf_tokenizer.convert(Tokenizer(caseops, Path("x.model")))
-    own = train_tokenizer(DOCUMENTS, user_defined_symbols=["cat"])
-    with pytest.raises(ValueError, match=r"x\.model has user-defined or unused pieces"):
-        hf_tokenizer.convert(Tokenizer(own, Path("x.model")))
+def other_tokenizers(train_tokenizer) -> dict[str, tuple[bytes, str]]:
+    """Tokenizers that tokenizer.json cannot describe, and why."""
     unigram = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(DOCUMENTS),
@@ -112,8 +108,45 @@ def test_tokenizers_with_other_rules_are_refused(train_tokenizer):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(ValueError, match=r"x\.model is a unigram model"):
-        hf_tokenizer.convert(Tokenizer(unigram.getvalue(), Path("x.model")))
+    own = train_tokenizer(DOCUMENTS, user_defined_symbols=["cat"])
+    return {
+        "caseops": (train_lossless(DOCUMENTS, 340, caseops=True), "operators for capitals (caseops)"),
+        "unigram": (unigram.getvalue(), "the type unigram"),
+        "user-defined": (own, "user-defined pieces"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["caseops", pytest.param("unigram", marks=pytest.mark.slow), pytest.param("user-defined", marks=pytest.mark.slow)],
+)
+def test_tokenizers_with_other_rules_are_exported_as_code(name, train_tokenizer, random_model, record_config, tmp_path):
+    model, rule = other_tokenizers(train_tokenizer)[name]
+    tokenizer = Tokenizer(model, Path("x.model"))
+    with pytest.raises(ValueError, match=re.escape(f"x.model has {rule}, which tokenizer.json has no step for")):
+        hf_tokenizer.convert(tokenizer)
+
+    config = dataclasses.replace(record_config, vocab_size=tokenizer.sp.get_piece_size(), eval_seq_len=32)
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "final_model.float32.ptz").write_bytes(tg.pack_artifact(random_model(config), "float32"))
+    (folder / "tokenizer.model").write_bytes(model)
+    # This checks ids and texts.
+    export_hf.main([str(folder), str(tmp_path / "out")])
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    exported.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+
+    @given(TEXTS)
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert exported.encode(text) == again.encode(text) == [tokenizer.sp.bos_id(), *ids]
+        if not tokenizer.is_unknown[ids].any():
+            assert exported.decode(ids.tolist(), skip_special_tokens=True) == tokenizer.decode(ids)
+
+    check()
+    # What a model makes up need not be what the tokenizer writes.
+    assert isinstance(exported.decode(list(range(tokenizer.sp.get_piece_size()))), str)
 
 
 # --- The model's lines ---

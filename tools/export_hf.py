@@ -11,7 +11,8 @@ The folder holds
     config.json, generation_config.json, model.safetensors
     golf_script.py            the lines of the record's own script that define its model (tools/hf_script.py)
     modeling_golf.py          what transformers asks of a model, around them (tools/hf/modeling_golf.py)
-    tokenizer.json            the tokenizer with SentencePiece's ids for every text (tools/hf_tokenizer.py)
+    tokenizer.json            the tokenizer with SentencePiece's ids for every text (tools/hf_tokenizer.py), or Python
+                              code that calls SentencePiece, where this format cannot say what a tokenizer does
     tokenizer_config.json, tokenizer.model
     README.md, loss.svg       the model card (tools/hf_card.py), with the curves of the training log
     results_*.json            the benchmarks named by --results, which tools/evaluate.py wrote
@@ -52,12 +53,12 @@ if __name__ == "__main__":
 import torch
 from artifact import Subject, open_subject
 from hf_script import model_source
-from record import file_sha256
+from record import ROOT, file_sha256
 
 try:
     import transformers
     from hf_card import CardFacts, write_card
-    from hf_tokenizer import convert
+    from hf_tokenizer import convert, unknown_rule
     from safetensors.torch import save
 except ImportError as missing:
     remedy = f'tools/export_hf.py needs transformers ({missing}): pip install "transformers>=5"'
@@ -65,7 +66,7 @@ except ImportError as missing:
         sys.exit(f"error: {remedy}")
     raise ImportError(remedy) from None
 
-WRAPPER = Path(__file__).resolve().parent / "hf" / "modeling_golf.py"
+TEMPLATES = Path(__file__).resolve().parent / "hf"
 MODEL_TYPE = "parameter_golf"
 
 # How far logits of the exported model may be from those of the artifact, and those of a batch from those of single
@@ -155,8 +156,16 @@ def model_config(subject: Subject) -> dict[str, Any]:
 
 def tokenizer_config(subject: Subject) -> dict[str, Any]:
     names = {key.removesuffix("_id"): subject.tokenizer.sp.id_to_piece(i) for key, i in special_ids(subject).items()}
+    if unknown_rule(subject.tokenizer):
+        kind = {
+            "tokenizer_class": "GolfTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_golf.GolfTokenizer", None]},
+            "transform": subject.tokenizer.transform.name,
+        }
+    else:
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **kind,
         **names,
         "unk_token": subject.tokenizer.sp.id_to_piece(subject.tokenizer.sp.unk_id()),
         "model_max_length": subject.config.eval_seq_len,
@@ -182,13 +191,17 @@ def generation_config(subject: Subject) -> dict[str, Any]:
 def write_files(subject: Subject, folder: Path) -> None:
     """Everything but the card."""
     (folder / "golf_script.py").write_text(script_text(subject), encoding="utf-8")
-    shutil.copyfile(WRAPPER, folder / WRAPPER.name)
+    shutil.copyfile(TEMPLATES / "modeling_golf.py", folder / "modeling_golf.py")
     write_json(folder / "config.json", model_config(subject))
     write_json(folder / "generation_config.json", generation_config(subject))
     weights = {f"model.{name}": tensor.contiguous() for name, tensor in subject.model.state_dict().items()}
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
 
-    convert(subject.tokenizer).save(str(folder / "tokenizer.json"))
+    if unknown_rule(subject.tokenizer):
+        shutil.copyfile(TEMPLATES / "tokenization_golf.py", folder / "tokenization_golf.py")
+        shutil.copyfile(ROOT / "data" / "transforms.py", folder / "golf_transforms.py")
+    else:
+        convert(subject.tokenizer).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config(subject))
     (folder / "tokenizer.model").write_bytes(subject.tokenizer.model)
 

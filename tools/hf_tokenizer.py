@@ -20,6 +20,9 @@ the begin. So "e", circumflex, acute became "ê" (Vietnamese as macOS writes it 
 stayed in parts. Behind NFKC, which all maps of SentencePiece are made from, this hardly happens any more. What is left
 are stacks of marks that no language has: a letter that has a mark already, or a ligature, and then one more mark.
 
+A tokenizer with another rule, such as operators for capitals, is exported as Python code instead, which needs the
+package sentencepiece (tools/hf/tokenization_golf.py).
+
 Control pieces in a text, such as a literal "<s>", are plain text to SentencePiece. For that, the tokenizer has to be
 loaded with split_special_tokens=True, which tools/export_hf.py writes into tokenizer_config.json.
 """
@@ -53,10 +56,12 @@ ALL_BLANKS = 1 << 30
 def convert(tokenizer: Tokenizer) -> FastTokenizer:
     """The same tokenizer for the library `tokenizers`, which puts a BOS in front of a text if asked for special tokens.
 
-    Raises ValueError, naming the file, for a tokenizer with rules that this library has no step for.
+    Raises ValueError, naming the file, for a tokenizer with a rule that this library has no step for.
     """
     model = parse_model(tokenizer.model)
-    require_known_rules(tokenizer, model)
+    rule = unknown_rule(tokenizer)
+    if rule:
+        raise ValueError(f"{tokenizer.path} has {rule}, which tokenizer.json has no step for")
 
     fast = FastTokenizer(bpe(tokenizer, model))
     steps = normalizer_steps(tokenizer, model)
@@ -74,18 +79,19 @@ def convert(tokenizer: Tokenizer) -> FastTokenizer:
     return fast
 
 
-def require_known_rules(tokenizer: Tokenizer, model: Model) -> None:
-    settings = tokenizer.settings
-    kinds = {piece.type for piece in model.pieces}
+def unknown_rule(tokenizer: Tokenizer) -> str:
+    """What tokenizer.json cannot say of a tokenizer, in words; empty if it can say everything."""
+    model_type = tokenizer.settings["model_type"]
+    kinds = {piece.type for piece in parse_model(tokenizer.model).pieces}
     if tokenizer.transform.name == "caseops":
-        raise ValueError(
-            f"{tokenizer.path} writes capitals as operators (caseops), which tokenizer.json has no step for: "
-            "only models with another tokenizer can be exported"
-        )
-    if settings["model_type"] != "bpe":
-        raise ValueError(f"{tokenizer.path} is a {settings['model_type']} model: only BPE can be exported")
-    if kinds & {TYPE_USER_DEFINED, TYPE_UNUSED}:
-        raise ValueError(f"{tokenizer.path} has user-defined or unused pieces, which cannot be exported")
+        return "operators for capitals (caseops)"
+    if model_type != "bpe":
+        return f"the type {model_type}"
+    if TYPE_USER_DEFINED in kinds:
+        return "user-defined pieces"
+    if TYPE_UNUSED in kinds:
+        return "unused pieces"
+    return ""
 
 
 def bpe(tokenizer: Tokenizer, model: Model) -> models.BPE:

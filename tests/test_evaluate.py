@@ -25,6 +25,8 @@ from artifact import Stretch, Subject, open_subject
 from evaluate import Options
 from hypothesis import given
 from hypothesis import strategies as st
+from sample import CARD_PROMPTS
+from sample import main as sample_command
 from tokenizer import Tokenizer
 from tokenizer import train_tokenizer as train_own_tokenizer
 from transforms import OPERATORS
@@ -496,6 +498,68 @@ def test_rows_of_the_hub_are_read_as_local_ones(monkeypatch, folder):
     assert benchmarks.load_arc_easy(None).questions == benchmarks.load_arc_easy(folder).questions
     assert benchmarks.load_blimp(None).sets == benchmarks.load_blimp(folder).sets
     assert benchmarks.load_wikitext(None).pages == benchmarks.load_wikitext(folder).pages
+
+
+# --- Context and samples ---
+
+
+class Forgetful(torch.nn.Module):
+    """A model that knows how often each token is, but only near the begin of its window."""
+
+    def __init__(self, counts: np.ndarray, context: int) -> None:
+        super().__init__()
+        self.log_counts = torch.from_numpy(counts).float().log()
+        self.context = context
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        knows = (torch.arange(ids.size(1)) < self.context).float()
+        return knows[:, None] * self.log_counts.expand(*ids.shape, -1)
+
+
+@pytest.mark.parametrize(("context", "holds"), [(16, True), (15, False), (12, False), (8, False)])
+def test_context_claim_fails_where_more_context_makes_it_worse(subject, folder, context, holds):
+    ids = evaluate.encode(subject, "".join(PAGES))
+    counts = np.bincount(ids, minlength=subject.config.vocab_size) + 0.1
+    forgetful = subject._replace(model=Forgetful(counts, context))
+    result = figures("context", forgetful, options(folder, context=16))
+    assert result["claimed"] == 16
+    assert result["holds"] == holds
+    if holds:
+        # What stands farther away changes nothing.
+        assert result["gain"] == pytest.approx(0, abs=1e-6)
+
+
+def test_gain_of_context_is_that_of_the_model_on_each_window(subject, folder):
+    result = figures("context", subject, options(folder, context=16))
+    ids = evaluate.encode(subject, "".join(PAGES))
+    n_windows = min(32, (len(ids) - 1) // 16)
+    assert result["windows"] == n_windows
+    gains = []
+    for window in range(n_windows):
+        start = window * (len(ids) - 17) // (n_windows - 1)
+        targets = torch.tensor(ids[start + 13 : start + 17])
+        losses = []
+        for first in (start, start + 8):
+            with torch.no_grad():
+                logits = subject.model(torch.tensor([ids[first : start + 16]]))[0, -4:]
+            losses.append(float(torch.nn.functional.cross_entropy(logits.double(), targets)))
+        gains.append(losses[1] - losses[0])
+    assert result["gain"] == pytest.approx(np.mean(gains), abs=1e-5)
+    assert result["gain_stderr"] == pytest.approx(np.std(gains, ddof=1) / n_windows**0.5, abs=1e-5)
+
+
+def test_text_shorter_than_the_context_is_an_error(subject, folder):
+    with pytest.raises(ValueError, match=r"has \d+ tokens: no context of 30000 can be tested on it"):
+        figures("context", subject, options(folder, context=30_000))
+
+
+def test_samples_are_those_of_the_command(subject, folder, capsys):
+    samples = figures("samples", subject, options(folder))["samples"]
+    assert [sample["prompt"] for sample in samples] == list(CARD_PROMPTS)
+    for expected in samples:
+        command = [str(subject.artifact), expected["prompt"], "--seed", str(expected["seed"]), "--max-tokens", "120"]
+        assert sample_command(command) == 0
+        assert capsys.readouterr().out == expected["text"] + "\n"
 
 
 # --- lm-evaluation-harness ---

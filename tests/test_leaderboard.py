@@ -218,11 +218,15 @@ def test_page_tells_what_a_record_builds_on(records: Records):
 def test_benchmarks_have_columns_where_the_track_asks_for_them(records: Records):
     track = "track_tiny_100m"
     values = dict(zip(records.tracks[track].benchmarks, (0.81234, 0.7, 0.4), strict=True))
-    records.add("Tiny", "2026-01-01", [1.2, 1.2], track, benchmarks=values)
+    folder = records.add("Tiny", "2026-01-01", [1.2, 1.2], track, benchmarks=values)
+    samples = {"samples": [{"text": "The cat | sat <b>there</b>"}, {"text": "It was"}]}
+    of_run = {"protocol": "board", "partial": False, "artifact_sha256": "", "tasks": {"samples": samples}}
+    record.benchmarks_path(folder).write_text(json.dumps(of_run))
     records.add("Other", "2026-01-01", [1.2, 1.2])
     text = lb.full_markdown(records.board(), records.folder)
-    assert "| wikitext2 nats per byte | blimp accuracy | arc easy accuracy |" in text
-    assert "| 0.8123 | 0.7000 | 0.4000 |" in text
+    assert "| wikitext2 bits per byte | blimp accuracy | arc easy accuracy | samples |" in text
+    assert "| 0.8123 | 0.7000 | 0.4000 | The cat \\| sat" in text
+    assert "<b>" not in text
     assert text.count("blimp accuracy") == 1
 
 

@@ -107,6 +107,35 @@ def test_parameter_count_in_the_readme_is_that_of_the_preset(preset):
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in README
 
 
+def copy_repository(folder: Path) -> None:
+    """Script, tools and pages, without records and data."""
+    for name in ("train_gpt.py", "README.md"):
+        shutil.copyfile(ROOT / name, folder / name)
+    for name in ("tools", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("datasets", "tokenizers", "docs*"))
+
+
+@pytest.mark.slow
+def test_lines_of_the_readme_that_use_a_model(tmp_path, trained):
+    """To the letter, with a tiny model."""
+    pytest.importorskip("transformers", reason='pip install "transformers>=5"')
+    block = re.search(r"## Use it\n.*?```bash\n(.*?)```", README, re.S)
+    assert block is not None
+    copy_repository(tmp_path)
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs", symlinks=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    lines = block[1].splitlines()
+    assert len(lines) >= 4
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        if "transformers.pipeline" in line or "sample.py" in line:
+            assert "The function" in done.stdout
+    card = (tmp_path / "out" / "my-model" / "README.md").read_text(encoding="utf-8")
+    assert f"{trained.results['val_bpb']:.4f}" in card
+
+
 @pytest.mark.slow
 def test_submission_lines_of_the_readme_make_a_record(tmp_path, tiny_settings):
     """All but git's, to the letter, in a copy of the repository with a tiny model."""
@@ -115,10 +144,7 @@ def test_submission_lines_of_the_readme_make_a_record(tmp_path, tiny_settings):
     *lines, git = block[1].splitlines()
     assert git.startswith("git add ")
 
-    for name in ("train_gpt.py", "README.md"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in ("tools", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("datasets", "tokenizers", "docs*"))
+    copy_repository(tmp_path)
     (tmp_path / "records").mkdir()
     for path in (ROOT / "records").glob("*.*"):
         shutil.copyfile(path, tmp_path / "records" / path.name)

@@ -783,45 +783,85 @@ def test_new_refuses_by_the_very_rules_of_verify(tmp_path):
             assert not any("the track" in reason for reason in found), name
 
 
-BENCHMARKS = {"wikitext2_nats_per_byte": 0.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 1}
+BENCHMARKS = {"wikitext2_bits_per_byte": 1.9, "blimp_accuracy": 0.7, "arc_easy_accuracy": 0.25}
+
+
+def evaluation(run: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """What tools/evaluate.py writes, as far as records need it."""
+    tasks = {
+        "wikitext2": {"bpb": 1.9},
+        "blimp": {"acc": 0.7},
+        "arc_easy": {"acc": 0.25},
+        "context": {"claimed": 2048, "holds": True},
+        "samples": {"samples": [{"prompt": "The", "seed": 1337, "text": "The cat *sat*."}]},
+    }
+    of_run = {"protocol": "board", "partial": False, "artifact_sha256": run["artifact_sha256"], "tasks": tasks}
+    return {**of_run, **changes, "tasks": {**tasks, **changes.get("tasks", {})}}
 
 
 def tiny(tmp_path: Path, results: Any) -> tuple[int, Path]:
     """`new` in the track that asks for benchmarks."""
-    file = tmp_path / "benchmarks.json"
+    file = tmp_path / "board.json"
     file.write_text(json.dumps(results))
     status, folder = new(tmp_path, "--track", "track_tiny_100m", "--benchmarks", str(file))
     return status, tmp_path / "records" / "track_tiny_100m" / folder.name
 
 
-def test_a_record_can_report_the_benchmarks_that_its_track_asks_for(tmp_path):
-    for seed in (1, 2):
-        run_json(tmp_path / "runs", seed, eval_seq_len=2048)
-    status, folder = tiny(tmp_path, BENCHMARKS)
+@pytest.fixture
+def tiny_run(tmp_path) -> dict[str, Any]:
+    """The JSON of one of two runs with a context that the track takes."""
+    paths = [run_json(tmp_path / "runs", seed, eval_seq_len=2048) for seed in (1, 2)]
+    return record.read_json(paths[-1])
+
+
+def test_record_reports_the_benchmarks_that_its_track_asks_for(tmp_path, tiny_run):
+    status, folder = tiny(tmp_path, evaluation(tiny_run))
     assert status == 0
     s = record.load_submission(folder)
     assert s.benchmarks == BENCHMARKS
-    assert "wikitext2_nats_per_byte 0.9000" in (folder / "README.md").read_text()
+    assert s.context == 2048
     assert verify.check_track(folder, s).ok
+    assert verify.check_benchmarks(folder, s, record.load_tracks()[1][s.track]).ok
     runs = [record.read_run(record.run_path(folder, seed)) for seed in s.seed_results]
     assert record.summarize(runs, record.script_path(folder).read_bytes(), s.about) == s
 
+    card = folder / "README.md"
+    text = card.read_text()
+    assert "wikitext2_bits_per_byte 1.9000" in text
+    assert "    The cat *sat*." in text
+    # What is new, only the author can tell.
+    assert "still has the comment" in verify.check_card(folder, s).reason
+    text = re.sub("<!-- Write here.*?-->", "Nothing.", text)
+    card.write_text(text)
+    assert verify.check_card(folder, s).ok
+    for told in (f"{s.model_params:,}", "2,048", "MIT"):
+        card.write_text(text.replace(told, "?"))
+        assert "does not tell the" in verify.check_card(folder, s).reason
+
 
 @pytest.mark.parametrize(
-    ("results", "named"),
+    ("changes", "named"),
     [
-        ({**BENCHMARKS, "blimp_accuracy": math.nan}, "blimp_accuracy"),
-        ({**BENCHMARKS, "blimp_accuracy": "0.7"}, "blimp_accuracy"),
-        ({**BENCHMARKS, "blimp": 0.7}, "'blimp'"),
-        ({"blimp_accuracy": 0.7}, "lacks wikitext2_nats_per_byte"),
-        ([0.7], "benchmarks.json"),
+        ({"protocol": "lmeval"}, "protocol 'lmeval', the track asks for board"),
+        ({"partial": True}, "of a part of the benchmarks only"),
+        ({"artifact_sha256": "0" * 64}, "another artifact"),
+        ({"tasks": {"blimp": {}}}, "no blimp_accuracy"),
+        ({"tasks": {"blimp": {"acc": "0.7"}}}, "no blimp_accuracy"),
+        ({"tasks": {"context": {"claimed": 1027, "holds": True}}}, "a context of 1028 tokens"),
+        ({"tasks": {"context": {"claimed": 2048, "holds": False}}}, "a context of 1028 tokens"),
+        ({"tasks": {"context": {"claimed": 2048, "holds": 1}}}, "a context of 1028 tokens"),
+        ({"tasks": {"samples": {"samples": [{"text": " "}, 3]}}}, "no samples"),
+        ({"tasks": {"samples": {}}}, "no samples"),
+        ({"tasks": {"samples": []}}, "board.json: tasks.samples is []"),
+        ({"artifact_sha256": 3}, "board.json: artifact_sha256 is 3"),
     ],
 )
-def test_benchmarks_that_are_not_those_of_the_track_are_refused(tmp_path, capsys, results, named):
-    run_json(tmp_path / "runs", 1)
-    status, folder = tiny(tmp_path, results)
+def test_benchmarks_that_the_track_does_not_take_are_refused(tmp_path, capsys, tiny_run, changes, named):
+    status, folder = tiny(tmp_path, evaluation(tiny_run, **changes))
     assert status == 1
-    assert named in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert named in error
+    assert "tools/evaluate.py" in error
     assert not folder.exists()
 
 
@@ -830,6 +870,27 @@ def test_benchmarks_go_with_a_track_that_asks_for_them(tmp_path, capsys):
     for options in (["--benchmarks", "file"], ["--track", "track_tiny_100m"]):
         assert new(tmp_path, *options)[0] == 1
         assert "--benchmarks" in capsys.readouterr().err
+
+
+def test_record_without_its_benchmarks_does_not_verify(tmp_path, tiny_run):
+    _, folder = tiny(tmp_path, evaluation(tiny_run))
+    s = record.load_submission(folder)
+    file = record.benchmarks_path(folder)
+
+    def reason() -> str:
+        [check] = [check for check in verify.benchmark_checks(folder, s) if check.name == "benchmarks"]
+        return "" if check.ok else check.reason
+
+    assert reason() == ""
+    file.write_text(json.dumps(evaluation(tiny_run, tasks={"blimp": {"acc": 0.71}})))
+    assert "blimp_accuracy is 0.7 in submission.json and 0.71 in the file" in reason()
+    file.write_text(json.dumps(evaluation(tiny_run, artifact_sha256="1" * 64)))
+    assert "another artifact" in reason()
+    file.unlink()
+    assert "benchmarks.json is missing" in reason()
+    for licence, is_open in (("AGPL-3.0", True), ("CC-BY-NC-4.0", False), ("proprietary", False)):
+        claims = dataclasses.replace(s, licence=licence)
+        assert ("licence" not in verify.check_track(folder, claims).reason) == is_open
 
 
 def test_a_record_of_our_own_lacks_only_its_artifact(tmp_path):

@@ -23,7 +23,13 @@ board    The definitions of the boards for tiny models, as their cards describe 
          arc_easy   as above, cut after 256 tokens, acc only.
          wikitext2  the whole split as one text, in windows of 256 tokens that do not overlap.
 
-In both, `bpb` is the score of the validation split as train_gpt.py computes it, in the windows that the artifact names.
+In both, three more tasks:
+
+bpb      the score of the validation split as train_gpt.py computes it, in the windows that the artifact names
+context  whether the model can use the context that it claims. The last quarter of windows of that length, from
+         WikiText-2, is scored twice: behind all that stands before it, and behind the nearer half of the window only.
+         The claim holds unless the longer context makes it worse, by more than two standard errors over the windows.
+samples  texts of fixed prompts and seeds (tools/sample.py)
 
 A tie is wrong here. The harness takes the first of equal choices, which in BLiMP is the right one. The number of ties
 is told. Errors are standard errors as the harness computes them: sqrt(p (1 - p) / (n - 1)) for the mean of n answers,
@@ -34,7 +40,7 @@ characters or drops line ends has to predict fewer bytes than the text has, and 
 
 How long it takes, measured with PRESET=smoke (2.1 million parameters) on two cores of an AMD EPYC that had other work
 too: WikiText-2 111 to 138 s, 62 sets of BLiMP 355 to 411 s, half of ARC-Easy 34 to 42 s, together 410 s of CPU time.
-With --limit 10, all four tasks took 32 s.
+With --limit 10, the first four tasks took 32 s.
 """
 
 from __future__ import annotations
@@ -62,13 +68,15 @@ import torch
 from artifact import BATCH_TOKENS, Stretch, Subject, encode, open_subject, score_stretches
 from benchmarks import ArcEasy, Blimp, Question, Wikitext, detokenize, load_arc_easy, load_blimp, load_wikitext
 from record import ROOT, data_path, file_sha256
+from sample import card_samples
 
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg
 
 PROTOCOLS = ("lmeval", "board")
-TASKS = ("wikitext2", "blimp", "arc_easy", "bpb")
+TASKS = ("wikitext2", "blimp", "arc_easy", "bpb", "context", "samples")
 BOARD_TOKENS = 256
+CONTEXT_WINDOWS = 32
 
 # With --limit N: N pairs of every set, N questions, and this many times N characters or tokens of a text.
 LIMIT_UNIT = 1000
@@ -401,6 +409,52 @@ def run_bpb(subject: Subject, options: Options, folder: Path) -> Results:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Context and samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_context(subject: Subject, options: Options, wikitext: Wikitext) -> Results:
+    """What the farther half of the claimed context is worth to the targets at its end, in nats per token."""
+    context = options.context
+    ids = encode(subject, "".join(wikitext.pages))
+    n_windows = min(options.limit or CONTEXT_WINDOWS, CONTEXT_WINDOWS, (len(ids) - 1) // context)
+    n_targets = context // 4
+    if n_windows < 1 or n_targets < 1:
+        raise ValueError(f"{wikitext.source} has {len(ids)} tokens: no context of {context} can be tested on it")
+
+    stretches = []
+    for window in range(n_windows):
+        start = window * (len(ids) - 1 - context) // max(1, n_windows - 1)
+        stop = start + context + 1
+        stretches.append(Stretch(ids[start:stop], n_targets))
+        stretches.append(Stretch(ids[start + context // 2 : stop], n_targets))
+    scores = score_stretches(subject, stretches, "context", options.batch_tokens)
+
+    # One figure for each window, because targets of one window are not independent.
+    far = [float(scored.nats.mean()) for scored in scores[::2]]
+    near = [float(scored.nats.mean()) for scored in scores[1::2]]
+    gains = [with_less - with_all for with_all, with_less in zip(far, near, strict=True)]
+    gain = statistics.fmean(gains)
+    error = statistics.stdev(gains) / math.sqrt(n_windows) if n_windows > 1 else None
+    return {
+        "claimed": context,
+        "holds": gain + 2 * (error or 0.0) >= 0,
+        "gain": gain,
+        "gain_stderr": error,
+        "loss": statistics.fmean(far),
+        "loss_with_half": statistics.fmean(near),
+        "windows": n_windows,
+        "source": wikitext.source,
+        "partial": options.limited(f"{n_windows} windows"),
+    }
+
+
+def run_samples(subject: Subject, options: Options, data: None) -> Results:
+    """Texts that the model goes on with."""
+    return {"samples": [sample._asdict() for sample in card_samples(subject)], "source": "fixed seeds", "partial": []}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -422,12 +476,14 @@ class Options:
 
 def load_task(task: str, subject: Subject, options: Options) -> Any:
     """What a task scores. Raises OSError or ValueError, naming file or data set and what to do."""
-    if task == "wikitext2":
+    if task in ("wikitext2", "context"):
         return load_wikitext(options.data)
     if task == "blimp":
         return load_blimp(options.data)
     if task == "arc_easy":
         return load_arc_easy(options.data)
+    if task == "samples":
+        return None
     return options.val_data or find_val_data(subject)
 
 
@@ -436,6 +492,8 @@ RUN_TASK: dict[str, Callable[[Subject, Options, Any], Results]] = {
     "blimp": run_blimp,
     "arc_easy": run_arc_easy,
     "bpb": run_bpb,
+    "context": run_context,
+    "samples": run_samples,
 }
 
 
@@ -481,7 +539,14 @@ CHOICE_ROWS = (
     ("acc", "accuracy, %", 2, 100),
     ("acc_norm", "accuracy by log-probability per character, %", 2, 100),
 )
-NAMES = {"wikitext2": "WikiText-2", "blimp": "BLiMP", "arc_easy": "ARC-Easy", "bpb": "Validation split"}
+NAMES = {
+    "wikitext2": "WikiText-2",
+    "blimp": "BLiMP",
+    "arc_easy": "ARC-Easy",
+    "bpb": "Validation split",
+    "context": "Context",
+    "samples": "Samples",
+}
 
 
 def task_lines(task: str, result: Results) -> list[str]:
@@ -490,6 +555,10 @@ def task_lines(task: str, result: Results) -> list[str]:
     if result["partial"]:
         title += f"  PARTIAL: {', '.join(result['partial'])}"
     lines = ["", title]
+    if task == "context":
+        return [*lines, *context_lines(result)]
+    if task == "samples":
+        return [*lines, *(f"  {line}" for sample in result["samples"] for line in [*sample["text"].splitlines(), ""])]
     for key, words, digits, factor in (*CHOICE_ROWS, *TEXT_ROWS):
         if result.get(key) is None:
             continue
@@ -506,6 +575,16 @@ def task_lines(task: str, result: Results) -> list[str]:
         lines.append("".join(f"{row['to']:>8}" for row in rows))
         lines.append("".join(f"{row['loss']:>8.3f}" for row in rows))
     return lines
+
+
+def context_lines(result: Results) -> list[str]:
+    verdict = "holds" if result["holds"] else "DOES NOT HOLD"
+    error = "" if result["gain_stderr"] is None else f" +- {result['gain_stderr']:.4f}"
+    return [
+        f"  the claim of {result['claimed']:,} tokens {verdict}",
+        f"  {'nats per token that its farther half saves':<46}{result['gain']:>12.4f}{error}",
+        f"  {'windows':<46}{result['windows']:>12,}",
+    ]
 
 
 def table(results: Results) -> str:

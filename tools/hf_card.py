@@ -20,14 +20,9 @@ import plot
 from artifact import Subject
 from evaluate import CHOICE_ROWS, NAMES, TEXT_ROWS
 from huggingface_hub import EvalResult, ModelCardData
-from parameters import parameters_by_component
+from parameters import counted_twice, parameters_by_component
 from record import Submission, file_sha256, load_submission
-from sample import Sampling, sampled_text
-
-# Short, so that they say little of what may follow. They are not chosen by their results.
-PROMPTS = ("The", "In the morning", "What is")
-SEED = 1337
-SAMPLING = Sampling(temperature=0.8, top_p=0.95, min_p=0.0, max_tokens=120)
+from sample import CARD_SAMPLING, card_samples
 
 # Data sets of the Hub that published shards are made from, by how the names of the shards' folders begin.
 HUB_DATA = {"fineweb10B": "HuggingFaceFW/fineweb"}
@@ -247,11 +242,11 @@ def parameters(card: Card) -> Iterator[str]:
     counts = parameters_by_component(model.named_parameters())
     total = sum(counts.values())
     rows = [(name, f"{n:,}") for name, n in counts.items()]
-    embedding = card.subject.config.vocab_size * card.subject.config.model_dim
     yield "## Parameters"
     yield ""
     yield from table(("component", "parameters"), [*rows, ("**all**", f"**{total:,}**")])
-    yield f"The embedding is the output matrix too. Counted twice, the model has {total + embedding:,} parameters."
+    twice = counted_twice(card.subject.config, counts)
+    yield f"The embedding is the output matrix too. With that counted twice, the model has {twice:,} parameters."
     yield ""
 
 
@@ -300,17 +295,16 @@ def training(card: Card) -> Iterator[str]:
 
 
 def samples(card: Card) -> Iterator[str]:
+    of_card = card_samples(card.subject)
     yield "## Samples"
     yield ""
-    last_seed = SEED + len(PROMPTS) - 1
     yield (
-        f"Seeds {SEED} to {last_seed}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, at most "
-        f"{SAMPLING.max_tokens} tokens. They are the first ones, not the best ones."
+        f"Seeds {of_card[0].seed} to {of_card[-1].seed}, temperature {CARD_SAMPLING.temperature}, top-p "
+        f"{CARD_SAMPLING.top_p}, at most {CARD_SAMPLING.max_tokens} tokens. They are the first ones, not the best ones."
     )
     yield ""
-    for i, prompt in enumerate(PROMPTS):
-        text = sampled_text(card.subject, prompt, SAMPLING, SEED + i)
-        yield f"> **{prompt}**{markdown(text.removeprefix(prompt))}"
+    for sample in of_card:
+        yield f"> **{sample.prompt}**{markdown(sample.text.removeprefix(sample.prompt))}"
         yield ""
 
 

@@ -61,9 +61,11 @@ from record import (
     ScoredText,
     Submission,
     Track,
+    benchmarks_path,
     confirmations,
     is_published,
     known_text,
+    load_evaluation,
     load_reviews,
     load_submission,
     load_tracks,
@@ -398,6 +400,8 @@ def row_cells(row: Row, track: Track) -> dict[str, Cell]:
     for name in track.benchmarks:
         value = s.benchmarks.get(name)
         cells[name.replace("_", " ")] = Cell("" if value is None else f"{value:.4f}", value)
+    if track.benchmarks:
+        cells["samples"] = samples_cell(entry)
 
     before = entry.mean("pre_quant_val_bpb")
     cells["pre-quant"] = Cell(number(before, "val_bpb"), before)
@@ -465,6 +469,15 @@ def name_cell(entry: Entry) -> Cell:
     if re.fullmatch(r"track_\w+/[\w.+-]+", s.base):
         base = entry.folder.parents[1] / s.base
     return Cell(text, s.name.casefold(), entry.folder, s.blurb, base)
+
+
+def samples_cell(entry: Entry) -> Cell:
+    """How the first text begins that the model wrote."""
+    try:
+        samples = load_evaluation(benchmarks_path(entry.folder)).samples
+    except (ValueError, OSError):
+        return Cell("")
+    return Cell(clean(samples[0], 80) if samples else "", title=clean(" / ".join(samples)))
 
 
 def measured_cell(entry: Entry, key: str, track: Track) -> Cell:

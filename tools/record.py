@@ -16,6 +16,7 @@ records/<track>/<YYYY-MM-DD>_<Name>/ with
     final_model.*.ptz        optional: the artifact of one of the runs
     data/                    optional: the validation shards, their byte counts, manifest.json and tokenizer.model that
                              are needed to score the artifact again; only where the text may be passed on
+    benchmarks.json          only in tracks that ask for benchmarks: what tools/evaluate.py wrote for one of the runs
     reviews.json             optional: what reviewers found (a list of class Review)
 """
 
@@ -128,6 +129,12 @@ class Submission:
     benchmarks: dict[str, float] = field(default_factory=dict)  # only in tracks that ask for them
 
     @property
+    def context(self) -> int:
+        """Tokens that the model sees at once when it is scored; 0 if the settings do not tell."""
+        context = self.settings.get("eval_seq_len") or self.settings.get("train_seq_len")
+        return context if isinstance(context, int) else 0
+
+    @property
     def scored_text(self) -> ScoredText:
         """The text that was scored, with its true number of bytes if it is a known one.
 
@@ -217,7 +224,8 @@ class Track:
     max_parameters: int | None = None
     min_context_tokens: int | None = None
     licences: tuple[str, ...] = ()
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()  # keys of BENCHMARK_FIGURES
+    benchmark_protocol: str = ""  # of tools/evaluate.py
 
 
 @dataclass(frozen=True)
@@ -544,6 +552,10 @@ def artifact_path(folder: Path) -> Path | None:
     return min(folder.glob("final_model.*.ptz"), default=None)
 
 
+def benchmarks_path(folder: Path) -> Path:
+    return folder / "benchmarks.json"
+
+
 def data_path(folder: Path) -> Path:
     """Where a record keeps validation shards and their tokenizer.model, if it has any."""
     return folder / "data"
@@ -555,6 +567,75 @@ def load_submission(folder: Path) -> Submission:
     if len(submission.seed_results) > MAX_SEEDS:
         raise ValueError(f"submission.json has {len(submission.seed_results)} seeds, and at most {MAX_SEEDS} are read")
     return submission
+
+
+class Evaluation(NamedTuple):
+    """What tools/evaluate.py wrote about an artifact, as far as records need it."""
+
+    protocol: str
+    partial: bool
+    artifact_sha256: str
+    tasks: dict[str, dict[str, Any]]
+
+    def figure(self, task: str, key: str) -> float | None:
+        """A number among its results; None if it has none of that name."""
+        value = self.tasks.get(task, {}).get(key)
+        return float(value) if value is not None and is_scalar(value, float) else None
+
+    @property
+    def benchmarks(self) -> dict[str, float]:
+        """The figures that it has of BENCHMARK_FIGURES."""
+        found = {name: self.figure(task, key) for name, (task, key) in BENCHMARK_FIGURES.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def samples(self) -> list[str]:
+        """Texts that the model wrote."""
+        samples = self.tasks.get("samples", {}).get("samples")
+        if not isinstance(samples, list):
+            return []
+        texts = [sample.get("text") for sample in samples if isinstance(sample, dict)]
+        return [text for text in texts if isinstance(text, str) and text.strip()]
+
+
+# What a record claims under these names, by task and key of tools/evaluate.py.
+BENCHMARK_FIGURES = {
+    "wikitext2_bits_per_byte": ("wikitext2", "bpb"),
+    "blimp_accuracy": ("blimp", "acc"),
+    "arc_easy_accuracy": ("arc_easy", "acc"),
+}
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """ValueError if the file is missing or is not one that tools/evaluate.py --out writes."""
+    value = read_json(path, strict=False)
+    kinds = types_of(Evaluation)
+    found = faults(value, dict[str, Any], path.name)
+    if not found:
+        found = first_faults(faults(value.get(name), kind, f"{path.name}: {name}") for name, kind in kinds.items())
+    if found:
+        raise ValueError(f"{'; '.join(found[:MAX_FAULTS])}: let tools/evaluate.py --out write it")
+    return Evaluation(**{name: value[name] for name in kinds})
+
+
+def evaluation_faults(evaluation: Evaluation, artifacts: Iterable[str], track: Track) -> list[str]:
+    """Why a track does not take an evaluation. `artifacts` are the sha256 of the artifacts of a record's runs."""
+    problems = []
+    if evaluation.protocol != track.benchmark_protocol:
+        problems.append(f"protocol {evaluation.protocol!r:.40}, the track asks for {track.benchmark_protocol}")
+    if evaluation.partial:
+        problems.append("it is of a part of the benchmarks only")
+    if evaluation.artifact_sha256 not in artifacts:
+        problems.append(f"it is of another artifact, with sha256 {evaluation.artifact_sha256!r:.70}")
+    problems += [f"it has no {name}" for name in track.benchmarks if name not in evaluation.benchmarks]
+
+    claimed = evaluation.figure("context", "claimed")
+    holds = evaluation.tasks.get("context", {}).get("holds")
+    if track.min_context_tokens and not (claimed and claimed >= track.min_context_tokens and holds is True):
+        problems.append(f"it does not show that a context of {track.min_context_tokens} tokens or more is of use")
+    if not evaluation.samples:
+        problems.append("it has no samples")
+    return problems
 
 
 # Keys of submission.json that our records have and the published challenge does not, and some that both have.

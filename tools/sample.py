@@ -61,6 +61,12 @@ class Sampling(NamedTuple):
     max_tokens: int
 
 
+# Short, so that they say little of what may follow.
+CARD_PROMPTS = ("The", "In the morning", "What is")
+CARD_SEED = 1337
+CARD_SAMPLING = Sampling(temperature=0.8, top_p=0.95, min_p=0.0, max_tokens=120)
+
+
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What the next token is drawn from. (V,) -> (V,) float64, with the sum 1
 
@@ -232,12 +238,24 @@ class Speaker:
         remark(f"[seed {seed}: {n_tokens} tokens, {n_tokens / seconds:.0f} per second ({how}), {end}]")
 
 
-def sampled_text(subject: Subject, prompt: str, sampling: Sampling, seed: int) -> str:
-    """The prompt and how the model goes on from it."""
-    reader = Reader(subject.script_module, subject.model)
-    prompt_ids = subject.tokenizer.encode(prompt).tolist()
-    ids = [*prompt_ids, *generate(reader, [subject.config.bos_id, *prompt_ids], sampling, seed)]
-    return TextStream(subject.tokenizer).add(ids, is_final=True)
+class Sample(NamedTuple):
+    """A text that a model wrote, the prompt included."""
+
+    prompt: str
+    seed: int
+    text: str
+
+
+def card_samples(subject: Subject) -> list[Sample]:
+    """Samples for model cards and records, which nobody has chosen: of CARD_PROMPTS, with seeds from CARD_SEED on."""
+    samples = []
+    for seed, prompt in enumerate(CARD_PROMPTS, start=CARD_SEED):
+        reader = Reader(subject.script_module, subject.model)
+        prompt_ids = subject.tokenizer.encode(prompt).tolist()
+        new_ids = generate(reader, [subject.config.bos_id, *prompt_ids], CARD_SAMPLING, seed)
+        text = TextStream(subject.tokenizer).add([*prompt_ids, *new_ids], is_final=True)
+        samples.append(Sample(prompt, seed, text))
+    return samples
 
 
 # --- Command ---

@@ -29,6 +29,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +47,11 @@ from record import (
     Track,
     add_review,
     artifact_path,
+    benchmarks_path,
     data_path,
     day_fault,
-    faults,
+    evaluation_faults,
+    load_evaluation,
     load_submission,
     load_tracks,
     log_path,
@@ -92,7 +95,7 @@ def new(args: argparse.Namespace) -> int:
         "rules_version": rules_version,
         "predictor_class": args.predictor_class,
         "base": args.base,
-        "benchmarks": load_benchmarks(args.benchmarks, args.track, tracks[args.track]),
+        "benchmarks": load_benchmarks(args.benchmarks, runs, args.track, tracks[args.track]),
     }
     submission = summarize(runs, script.read_bytes(), about)
     refuse_one_artifact(paths, runs)
@@ -104,7 +107,7 @@ def new(args: argparse.Namespace) -> int:
     if refused and not args.force:
         raise ValueError(refusal_text(submission, refused, tracks))
 
-    write_record(folder, submission, paths, script, args.artifact)
+    write_record(folder, submission, paths, args)
     here = Path.cwd()
     shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
     print(f"{shown}: {seeds_named(submission.seed_results)}, val_bpb {submission.val_bpb:.4f}")
@@ -203,24 +206,22 @@ def checked_date(date: str) -> str:
     return date
 
 
-def load_benchmarks(path: str, track_name: str, track: Track) -> dict[str, float]:
-    """The benchmark results in a JSON file; ValueError if they are not exactly those that the track asks for."""
+def load_benchmarks(path: str, runs: Sequence[Mapping[str, Any]], track_name: str, track: Track) -> dict[str, float]:
+    """The benchmark results in a file of tools/evaluate.py; ValueError if they are not what the track asks for."""
     if not track.benchmarks:
         if path:
             raise ValueError(f"--benchmarks={path}: {track_name} asks for no benchmarks, leave the option out")
         return {}
-    asked = ", ".join(track.benchmarks)
+    command = f"python tools/evaluate.py RUN --protocol {track.benchmark_protocol} --out FILE"
     if not path:
-        raise ValueError(f"{track_name} asks for {asked}: give --benchmarks a file that holds them as a JSON object")
+        asked = ", ".join(track.benchmarks)
+        raise ValueError(f"{track_name} asks for {asked}: give --benchmarks the FILE that this writes: {command}")
 
-    results = read_json(Path(path), strict=False)
-    wrong = faults(results, dict[str, float], path)
-    if not wrong:
-        wrong += [f"{path} lacks {name}" for name in track.benchmarks if name not in results]
-        wrong += [f"{path} has {name!r:.60}" for name in results if name not in track.benchmarks]
+    evaluation = load_evaluation(Path(path))
+    wrong = evaluation_faults(evaluation, {run["artifact_sha256"] for run in runs}, track)
     if wrong:
-        raise ValueError(f"{'; '.join(wrong[:6])} ({track_name} asks for {asked})")
-    return results
+        raise ValueError(f"--benchmarks={path}: {'; '.join(wrong)}. This writes the right one: {command}")
+    return {name: evaluation.benchmarks[name] for name in track.benchmarks}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,13 +321,13 @@ def refuse_one_artifact(paths: Sequence[Path], runs: Sequence[Mapping[str, Any]]
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_record(folder: Path, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool) -> None:
+def write_record(folder: Path, submission: Submission, paths: Sequence[Path], args: argparse.Namespace) -> None:
     """Make a record's folder, whole or not at all: after an error nothing of it is left."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        fill_record(part, folder.name, submission, paths, script, artifact)
+        fill_record(part, folder.name, submission, paths, args)
         part.rename(folder)
     except BaseException:  # also when interrupted from the keyboard
         shutil.rmtree(part, ignore_errors=True)
@@ -334,7 +335,7 @@ def write_record(folder: Path, submission: Submission, paths: Sequence[Path], sc
 
 
 def fill_record(
-    folder: Path, name: str, submission: Submission, paths: Sequence[Path], script: Path, artifact: bool
+    folder: Path, name: str, submission: Submission, paths: Sequence[Path], args: argparse.Namespace
 ) -> None:
     """Write the files of a record called `name` into an empty folder. `paths` lead to the JSON of its runs."""
     runs = [read_json(path) for path in paths]
@@ -346,11 +347,14 @@ def fill_record(
         shutil.copyfile(path, run_path(folder, seed))
         shutil.copyfile(log, log_path(folder, seed))
 
-    shutil.copyfile(script, script_path(folder))
-    if artifact:
+    shutil.copyfile(args.script, script_path(folder))
+    if args.benchmarks:
+        shutil.copyfile(args.benchmarks, benchmarks_path(folder))
+    if args.artifact:
         copy_artifact(folder, submission, paths)
     save_submission(folder, submission)
-    (folder / "README.md").write_text(readme(name, submission, runs[0]), encoding="utf-8")
+    samples = load_evaluation(benchmarks_path(folder)).samples if args.benchmarks else []
+    (folder / "README.md").write_text(readme(name, submission, runs[0], samples), encoding="utf-8")
 
 
 def copy_artifact(folder: Path, submission: Submission, paths: Sequence[Path]) -> None:
@@ -379,7 +383,16 @@ def copy_files_of(run: Mapping[str, Any], artifact: Path, folder: Path) -> None:
     shutil.copyfile(run["tokenizer_path"], data_path(folder) / "tokenizer.model")
 
 
-def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
+def quoted_samples(samples: Sequence[str]) -> str:
+    """A section with texts that the model wrote, or nothing."""
+    if not samples:
+        return ""
+    # Four blanks make a text one that Markdown shows as it is.
+    texts = [textwrap.indent(text, "    ", lambda line: True) for text in samples]
+    return "\n## What it says\n\n" + "\n\n---\n\n".join(texts) + "\n"
+
+
+def readme(name: str, submission: Submission, run: Mapping[str, Any], samples: Sequence[str] = ()) -> str:
     """A first README.md for the record in a folder called `name`. `run` is the JSON of one of its runs."""
     s = submission
     folder = f"records/{s.track}/{name}"
@@ -413,14 +426,14 @@ def readme(name: str, submission: Submission, run: Mapping[str, Any]) -> str:
 <!-- Write here what is new, and why it helps. -->
 
 {score}
-Code and artifact take {s.bytes_total:,} bytes. The model has {s.model_params:,} parameters. It was trained on
-{s.hardware} with torch {s.torch}, and scored on {s.val_documents:,} documents: {s.val_tokens:,} tokens,
-{s.val_bytes:,} bytes ({s.bytes_counted}).{benchmarks}
+Code and artifact take {s.bytes_total:,} bytes. The model has {s.model_params:,} parameters and a context of
+{s.context:,} tokens. It was trained on {s.hardware} with torch {s.torch}, and scored on {s.val_documents:,} documents:
+{s.val_tokens:,} tokens, {s.val_bytes:,} bytes ({s.bytes_counted}).{benchmarks}
 
 | seed | steps | before quantizing | val_bpb | train s | eval s | bytes |
 |---|---|---|---|---|---|---|
 {table}
-
+{quoted_samples(samples)}
 ## Repeat it
 
 These lines check the record and train one seed again, from the root of the repository. They need the data set
@@ -517,7 +530,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--class", dest="predictor_class", choices=("A", "B"), default="A")
     command.add_argument("--licence", default="MIT")
     command.add_argument(
-        "--benchmarks", default="", metavar="FILE", help="a JSON object of name and result, where the track asks for it"
+        "--benchmarks", default="", metavar="FILE", help="what tools/evaluate.py wrote, where the track asks for it"
     )
     command.add_argument("--date", default="", help="YYYY-MM-DD; default: the day of the last run")
     command.add_argument(

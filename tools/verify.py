@@ -52,14 +52,17 @@ from record import (
     Track,
     add_review,
     artifact_path,
+    benchmarks_path,
     confirmations,
     counted,
     data_path,
     day_fault,
+    evaluation_faults,
     file_sha256,
     files_of,
     is_published,
     known_text,
+    load_evaluation,
     load_reviews,
     load_submission,
     load_tracks,
@@ -141,6 +144,7 @@ def static_checks(folder: Path) -> list[Check]:
         guarded("data", check_data, folder, submission),
         guarded("lineage", check_lineage, folder, submission),
         guarded("reviews", check_reviews, folder, submission),
+        *benchmark_checks(folder, submission),
     ]
 
 
@@ -245,6 +249,43 @@ def check_track(folder: Path, submission: Submission) -> Check:
     return verdict("track", problems, summary)
 
 
+def benchmark_checks(folder: Path, submission: Submission) -> list[Check]:
+    """What is asked for besides, where the track asks for benchmarks."""
+    track = track_of(submission)
+    if track is None or not track.benchmarks:
+        return []
+    return [
+        guarded("benchmarks", check_benchmarks, folder, submission, track),
+        guarded("card", check_card, folder, submission),
+    ]
+
+
+def check_benchmarks(folder: Path, submission: Submission, track: Track) -> Check:
+    """Whether benchmarks.json is of one of the record's runs, and says what submission.json says."""
+    evaluation = load_evaluation(benchmarks_path(folder))
+    artifacts = {result.artifact_sha256 for result in submission.seed_results.values()}
+    problems = evaluation_faults(evaluation, artifacts, track)
+    for name, claim in submission.benchmarks.items():
+        if claim != evaluation.benchmarks.get(name):
+            problems.append(f"{name} is {claim} in submission.json and {evaluation.benchmarks.get(name)} in the file")
+    return verdict("benchmarks", problems, f"benchmarks by the protocol {evaluation.protocol}, samples, and a context")
+
+
+def check_card(folder: Path, submission: Submission) -> Check:
+    """Whether README.md tells of the model what competitions for tiny models ask for."""
+    text = read_text(folder / "README.md")
+    problems = []
+    if "<!-- Write here" in text:
+        problems.append("README.md still has the comment that asks what is new: put the answer in its place")
+    asked = {
+        "number of parameters": f"{submission.model_params:,}",
+        "context": f"{submission.context:,}",
+        "licence": submission.licence,
+    }
+    problems += [f"README.md does not tell the {what}, {value}" for what, value in asked.items() if value not in text]
+    return verdict("card", problems, "README.md tells parameters, context, licence and what is new")
+
+
 def refusals(submission: Submission, track: Track) -> list[str]:
     """All rules of a track that a record breaks, whatever else its files say. tools/submission.py new asks this."""
     faults = rule_faults(submission, track) + size_faults(submission, track) + time_faults(submission, track)
@@ -264,9 +305,8 @@ def rule_faults(submission: Submission, track: Track) -> list[str]:
 
     if track.max_parameters and submission.model_params > track.max_parameters:
         problems.append(f"{submission.model_params} parameters, the track allows {track.max_parameters}")
-    context = submission.settings.get("eval_seq_len") or submission.settings.get("train_seq_len") or 0
-    if track.min_context_tokens and not (isinstance(context, int) and context >= track.min_context_tokens):
-        problems.append(f"a context of {context} tokens, the track asks for {track.min_context_tokens}")
+    if track.min_context_tokens and submission.context < track.min_context_tokens:
+        problems.append(f"a context of {submission.context} tokens, the track asks for {track.min_context_tokens}")
     if track.max_train_tokens and submission.train_tokens > track.max_train_tokens:
         problems.append(f"{submission.train_tokens} training tokens, the track allows {track.max_train_tokens}")
 

@@ -4557,7 +4557,7 @@ def conclude(run: Run, results: Mapping[str, Any]) -> None:
         tell("Next")
         tell(f'  python tools/sample.py {artifact} "The"   hear what it says')
         tell(f"  python train_gpt.py --eval_artifact={artifact}   score it again, or otherwise")
-        tell(f"  python tools/plot.py --out loss.svg {hp.run_folder / 'log.txt'}   draw its loss")
+        tell(f"  python tools/plot.py {hp.run_folder}   draw its loss")
         tell("  python tools/submission.py new --help   make a record of it")
 
 

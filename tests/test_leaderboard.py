@@ -559,7 +559,7 @@ def test_a_log_that_cannot_be_read_is_not_drawn(records: Records):
 
 def test_smoothing_keeps_ends_and_straight_lines():
     line = [record.CurvePoint(step, float(step), 1 + step / 100) for step in range(1, 50)]
-    assert page.thinned(line, 2) == [(step, seconds, round(loss, 4)) for step, seconds, loss in line]
+    assert page.thinned(line, 2) == [(step, seconds, round(loss, 4)) for step, seconds, loss, _ in line]
     many = [record.CurvePoint(step, float(step), 1.0) for step in range(1, 100_000)]
     assert len(page.thinned(many)) <= page.MAX_POINTS + 1
     assert page.thinned(many)[-1][0] == 99_999

@@ -60,8 +60,8 @@ Total submission size quantized+brotli: 15897259 bytes
 
 def test_a_published_log_is_read():
     log = record.parse_log(PUBLISHED_LOG)
-    assert log.train_curve == [(10, 0.435, 5.25), (13750, 598.726, 1.991)]
-    assert log.val_curve == [(13780, 600.038, 2.0606)]
+    assert log.train_curve == [(10, 0.435, 5.25, None), (13750, 598.726, 1.991, None)]
+    assert log.val_curve == [(13780, 600.038, 2.0606, 1.2172)]
     assert log.final == ("final_int8_zlib_roundtrip_exact", 2.07269931, 1.2243657)
     sizes = {"bytes_code": "47642", "bytes_artifact": "15815847", "bytes_total": "15863489"}
     assert sizes.items() <= log.values.items()
@@ -70,7 +70,8 @@ def test_a_published_log_is_read():
 
 def test_later_spellings_are_read():
     log = record.parse_log(LATER_LOG)
-    assert log.train_curve == [(4945, pytest.approx(594.0), 2.36)]
+    assert log.train_curve == [(4945, pytest.approx(594.0), 2.36, None)]
+    assert [(point.step, point.bpb) for point in log.val_curve] == [(4945, 1.0756)]
     assert log.final == ("quantized_ttt_phased", 2.31944212, 1.05989454)
     assert log.values["bytes_total"] == "15897259"
 

@@ -1037,6 +1037,7 @@ class CurvePoint(NamedTuple):
     step: int
     seconds: float  # NaN where the line has no time
     loss: float  # nats per token
+    bpb: float | None = None  # bits per byte, where the line has them
 
 
 class FinalScore(NamedTuple):
@@ -1078,7 +1079,8 @@ def parse_log(text: str) -> RunLog:
             time = TRAIN_TIME.search(step[5])
             seconds = float(time[1]) * SECONDS_PER_UNIT[time[2]] if time else math.nan
             curve = log.train_curve if step[2] == "train" else log.val_curve
-            curve.append(CurvePoint(int(step[1]), seconds, float(step[3])))
+            bpb = float(step[4]) if step[4] else None
+            curve.append(CurvePoint(int(step[1]), seconds, float(step[3]), bpb))
             continue
 
         # What a run did after the checkpoint that it went on from, it did again.

@@ -561,7 +561,7 @@ def check_clock(submission: Submission, logs: Mapping[str, RunLog]) -> Check:
     for seed, result in submission.seed_results.items():
         ledger = result.ledger_seconds
         curve = logs[seed].train_curve + logs[seed].val_curve
-        times = [seconds for _, seconds, _ in curve if not math.isnan(seconds)]
+        times = [point.seconds for point in curve if not math.isnan(point.seconds)]
         if result.steps and not times:
             problems.append(f"seed {seed}: the log has no time of any step")
         if times and max(times) > ledger.get("train", 0.0) + 0.5:

@@ -79,9 +79,8 @@ def write_card(subject: Subject, facts: CardFacts, folder: Path) -> None:
         shutil.copyfile(path, folder / f"results_{result['protocol']}.json")
 
     log = find_log(subject, home)
-    if log is not None:
-        plot.main([str(log), "--out", str(folder / "loss.svg")])
-    card = Card(facts, subject, submission, results, has_curve=log is not None)
+    has_curve = log is not None and draw_curve(log, folder / "loss.svg")
+    card = Card(facts, subject, submission, results, has_curve)
     text = f"---\n{front_matter(card)}\n---\n\n" + "\n".join(sections(card))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -93,6 +92,15 @@ def find_log(subject: Subject, home: Path) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def draw_curve(log: Path, picture: Path) -> bool:
+    """Draw the loss of a run. -> whether there was enough of it"""
+    curve = plot.read_curve(log, "steps", "loss", smooth=0.08)
+    if len(curve.train) + len(curve.val) < 2:
+        return False
+    plot.draw([plot.Line("loss", [curve])], "steps", "loss", "curves", picture)
+    return True
 
 
 def read_results(path: Path, subject: Subject) -> dict[str, Any]:

@@ -300,8 +300,8 @@ def export(subject: Subject, folder: Path, facts: CardFacts) -> float:
         inside = Path(unfinished) / "export"
         inside.mkdir()
         write_files(subject, inside)
-        difference = check(inside, subject)
         write_card(subject, facts, inside)
+        difference = check(inside, subject)
         inside.rename(folder)
     return difference
 

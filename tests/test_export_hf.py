@@ -414,7 +414,7 @@ def test_folder_that_exists_is_left_alone(trained, tmp_path):
 def results(trained, tmp_path_factory) -> Path:
     """Of tools/evaluate.py, as far as the card reads it."""
     path = tmp_path_factory.mktemp("results") / "lmeval.json"
-    evaluate.main([str(trained.artifact), "--tasks", "bpb", "--out", str(path)])
+    evaluate.main([str(trained.artifact), "--tasks", "bpb,samples", "--out", str(path)])
     return path
 
 

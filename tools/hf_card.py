@@ -231,6 +231,9 @@ def figures(card: Card) -> Iterator[str]:
 
 def figure_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for task, of_task in results["tasks"].items():
+        if task in ("context", "samples"):
+            # The card tells of them in sections of their own.
+            continue
         name = NAMES[task]
         if of_task["partial"]:
             name += f" (a part: {', '.join(of_task['partial'])})"
@@ -323,13 +326,30 @@ def markdown(text: str) -> str:
     return text.replace("\n", "  \n> ")
 
 
+def context_of_use(card: Card) -> str:
+    """What tools/evaluate.py says of the context that the model claims, as a sentence, or nothing."""
+    for results in card.results:
+        found = results["tasks"].get("context")
+        if found is None:
+            continue
+        error = "" if found["gain_stderr"] is None else f" ± {found['gain_stderr']:.4f}"
+        verdict = "is of use" if found["holds"] else "does harm"
+        return (
+            f"The farther half of {found['claimed']:,} tokens {verdict}: it saves {found['gain']:.4f}{error} nats per "
+            "token at their end."
+        )
+    return ""
+
+
 def limits(card: Card) -> Iterator[str]:
     context = card.subject.config.eval_seq_len
     licence = card.licence or "The author has not named one, so that you may not pass the model on."
     yield f"""## Limits
 
 It is small, and makes up most of what sounds like a fact. It was scored with a context of {context:,} tokens; nobody
-has looked at what it does beyond. It repeats what its training text says about people, with whatever is wrong in that.
+has looked at what it does beyond. {context_of_use(card)}
+
+It repeats what its training text says about people, with whatever is wrong in that.
 
 ## Licence
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 import torch
+import yaml
 from artifact import open_subject
 from hypothesis import given
 from hypothesis import strategies as st
@@ -439,6 +440,29 @@ def test_card_tells_what_the_run_left(trained, results, tmp_path):
     assert len(samples) == 3
     for sample in samples:
         assert hf_card.markdown(sample.text.removeprefix(sample.prompt)) in card.text
+
+
+def test_card_keeps_protocols_and_parts_of_scores_apart(trained, results):
+    subject = open_subject(trained.artifact)
+    subject = subject._replace(run={**subject.run, "partial": True})
+    of_task = {"bpb": 2.0, "acc": 0.5, "partial": []}
+    of_board = {"protocol": "board", "tasks": {"wikitext2": of_task, "blimp": {**of_task, "partial": ["62 sets"]}}}
+    of_harness = {"protocol": "lmeval", "tasks": {"wikitext2": {**of_task, "bpb": 1.5}}}
+    card = hf_card.Card(hf_card.CardFacts("x", "mit", []), subject, None, [of_board, of_harness], False)
+    [entry] = yaml.safe_load(hf_card.front_matter(card))["model-index"]
+    shown = {
+        (result["dataset"]["name"], metric["type"]): metric["value"]
+        for result in entry["results"]
+        for metric in result["metrics"]
+    }
+    # Neither a score of a part of the validation split, nor one of a part of BLiMP.
+    assert shown == {
+        ("WikiText-2, protocol board", "bpb"): 2.0,
+        ("WikiText-2, protocol board", "acc"): 0.5,
+        ("WikiText-2, protocol lmeval", "bpb"): 1.5,
+        ("WikiText-2, protocol lmeval", "acc"): 0.5,
+    }
+    assert f"first {subject.run['scored_tokens']:,} validation tokens" in "\n".join(hf_card.introduction(card))
 
 
 def test_results_of_another_artifact_are_refused(trained, results, tmp_path):

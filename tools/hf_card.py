@@ -134,7 +134,7 @@ def front_matter(card: Card) -> str:
 
 def hub_results(card: Card) -> Iterator[EvalResult]:
     """The figures of every benchmark that was scored as a whole, and the score of the run."""
-    if "val_bpb" in card.subject.run:
+    if "val_bpb" in card.subject.run and not card.subject.run["partial"]:
         yield EvalResult(
             task_type="text-generation",
             dataset_type="text",
@@ -153,6 +153,8 @@ def hub_results(card: Card) -> Iterator[EvalResult]:
                         task_type="text-generation",
                         dataset_type=HUB_BENCHMARKS[task],
                         dataset_name=f"{NAMES[task]}, protocol {results['protocol']}",
+                        # Results that share data set and config are put under one name.
+                        dataset_config=results["protocol"],
                         metric_type=metric,
                         metric_name=name,
                         metric_value=round(of_task[metric], 4),
@@ -192,10 +194,12 @@ def introduction(card: Card) -> Iterator[str]:
         yield ""
     text = f"A language model of {n_parameters:,} parameters, trained from nothing by one script of parameter golf"
     if "val_bpb" in run:
+        part = f"{run['val_documents']:,} validation documents"
+        if run["partial"]:
+            part = f"first {run['scored_tokens']:,} validation tokens"
         text += (
             f". It was stored in {run['bytes_artifact']:,} bytes, which these weights are read from, and scores "
-            f"{run['val_bpb']:.4f} bits per byte on the {run['val_documents']:,} validation documents of "
-            f"{run['train_dataset']}"
+            f"{run['val_bpb']:.4f} bits per byte on the {part} of {run['train_dataset']}"
         )
     yield f"{text}. It continues texts; it was not taught to follow instructions."
     yield ""

@@ -177,7 +177,7 @@ def main() -> None:
         sys.exit(f"error: {args.folder} has no config.json: name a folder that tools/export_hf.py wrote")
     try:
         page = make_page(Speaker(args.folder), model_card(args.folder))
-        page.launch(server_port=args.port)
+        page.launch(server_port=args.port, show_error=True)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -24,6 +24,7 @@ import pytest
 import sentencepiece as spm
 import submission
 import torch
+from chromium import open_browser
 from hypothesis import settings
 from hypothesis import strategies as st
 from shards import write_shard
@@ -493,3 +494,10 @@ def honest(tmp_path_factory, run_script, record_settings, text) -> Path:
     about = ["--track", TRACK, "--name", "Honest", "--author", "x", "--github-id", "y", "--blurb", "z"]
     assert submission.main(["new", *about, "--records", str(records), "--artifact", "--runs", *runs]) == 0
     return next((records / TRACK).iterdir())
+
+
+@pytest.fixture
+def browser(tmp_path) -> Iterator[Any]:
+    """Headless Chromium, driven by selenium."""
+    with open_browser(tmp_path / "profile") as found:
+        yield found

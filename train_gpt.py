@@ -41,6 +41,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -244,6 +245,9 @@ class Hyperparameters:
     compile: str = setting(
         "auto", "use torch.compile; auto: if there is CUDA or a C++ compiler", choices=("auto", "0", "1")
     )
+    track: str = setting(
+        "", "also send the numbers of the run to this package; empty: none", choices=("trackio", "wandb", "tensorboard")
+    )
 
     # Batches. A step takes train_batch_tokens / train_seq_len sequences. They are dealt to the ranks, and each rank
     # works through its share in micro-batches.
@@ -331,9 +335,11 @@ class Hyperparameters:
 
 SETTINGS = {field.name.upper() for cls in (GPTConfig, Hyperparameters) for field in dataclasses.fields(cls)}
 
-# Variables of launchers and libraries start like this, and may look like a misspelt setting. So does CMake's COMPILER.
+# Variables of launchers and libraries start like this, and may look like a misspelt setting. So do CMake's COMPILER and
+# the TRACE of many programs.
 FOREIGN = (
     "COMPILER",
+    "TRACE",
     "ROLE_",
     "LOCAL_",
     "GROUP_",
@@ -394,6 +400,7 @@ NAMES_ELSEWHERE = {
     "DATA_PATH": "DATASET DATASET_PATH DATA_DIR",
     "TOKENIZER_PATH": "TOKENIZER TOKENIZER_FILE TOKENIZER_DIR",
     "OUT_DIR": "OUTPUT_DIR ARTIFACT_DIR",
+    "TRACK": "REPORT_TO LOG_WITH TRACKER USE_WANDB WANDB_LOG ENABLE_WANDB",
     "RUN_ID": "RUN_NAME",
     "MAX_TOTAL_BYTES": "MAX_BYTES SIZE_LIMIT SIZE_LIMIT_BYTES",
     "MAX_WEIGHT_BITS": "WEIGHT_BITS QUANT_BITS MATRIX_BITS",
@@ -424,7 +431,7 @@ def check_fields(settings: GPTConfig | Hyperparameters) -> None:
                 raise ValueError(f"{name}={value} must be from {low:g} to {high:g}")
 
         choices = field.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value not in choices and value != field.default:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
 
 
@@ -1057,6 +1064,89 @@ def show(line: str, stream: TextIO | None) -> None:
     except OSError:
         # What the stream still holds would fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Tracker:
+    """Sends numbers of the run to the package that TRACK names, where people watch it live.
+
+    Whatever fails there is one warning, and the run goes on without it. If the package hangs, the run waits for it.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        """Raises ValueError if the package is missing. An empty name stands for no tracker."""
+        self.name = name
+        self.warn: Log
+        self.send: Callable[[dict[str, Any], int], None]
+        self.end: Callable[[int], None]
+
+        spec = importlib.util.find_spec(name) if name else None
+        # A folder of that name, as wandb leaves one behind, counts as a module too, but it has no file.
+        if name and (spec is None or spec.origin is None):
+            raise ValueError(f"TRACK={name} needs its package: python -m pip install {name}, or go without: --track=")
+
+    def start(self, hp: Hyperparameters, config: dict[str, Any], first_step: int, warn: Log) -> None:
+        """Begin the run there, or go on with it."""
+        self.warn = warn
+        with self.harmless():
+            if self.name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What is there of later steps, the run is about to do again.
+                writer = SummaryWriter(str(hp.run_folder / "tensorboard"), purge_step=first_step)
+                writer.add_text("settings", f"```\n{json.dumps(config, indent=1)}\n```", first_step)
+
+                def add_scalars(values: dict[str, Any], step: int) -> None:
+                    for name, value in values.items():
+                        writer.add_scalar(name, value, step)
+                    writer.flush()
+
+                self.send = add_scalars
+                self.end = lambda status: writer.close()
+            elif self.name == "trackio":
+                import trackio
+
+                trackio.init(project="parameter-golf", name=hp.run_id, resume="allow", config=config)
+                self.send = trackio.log
+                self.end = lambda status: trackio.finish()
+            elif self.name == "wandb":
+                import wandb
+
+                # At a terminal and without an account, wandb would ask for one and wait.
+                mode = os.environ.get("WANDB_MODE")
+                if mode in (None, "online") and not wandb.login(prompt=False, verify=False):
+                    mode = "offline"
+                wandb.init(
+                    project=os.environ.get("WANDB_PROJECT", "parameter-golf"),
+                    id=hp.run_id,
+                    name=hp.run_id,
+                    resume="allow",
+                    config=config,
+                    dir=str(hp.run_folder),
+                    mode=mode,
+                    settings=wandb.Settings(console="off"),  # it would put itself between the run and its screen
+                )
+                self.send = wandb.log
+                self.end = wandb.finish
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        with self.harmless():
+            if self.name:
+                self.send(values, step)
+
+    def finish(self, status: int) -> None:
+        """End the run there, with the exit status of this process."""
+        with self.harmless():
+            if self.name:
+                self.end(status)
+
+    @contextlib.contextmanager
+    def harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.warn(f"TRACK={self.name} failed, the run goes on without it: {reason:.300}")
+            self.name = ""
 
 
 def key_values(values: Mapping[str, Any]) -> str:
@@ -2403,6 +2493,7 @@ class Run:
     screen: Screen = dataclasses.field(default_factory=Screen)
     signals: Signals = dataclasses.field(default_factory=Signals)
     progress: Progress = dataclasses.field(default_factory=Progress)
+    tracker: Tracker = dataclasses.field(default_factory=Tracker)
     compiled: bool = False
 
     def warn(self, text: str) -> None:
@@ -2553,6 +2644,7 @@ MAY_CHANGE = PLACES | {
     "VAL_LOSS_EVERY",
     "TRAIN_LOG_EVERY",
     "CHECKPOINT_EVERY",
+    "TRACK",
 }
 
 
@@ -2937,6 +3029,7 @@ def train(
             require_equal_weights(weights, run)
             score = validate(looping)
             run.log0(f"{progress.position(hp)} {score.line(4)} {progress.timing()}")
+            run.tracker.log({"val_loss": score.val_loss, "val_bpb": score.val_bpb}, progress.step)
             progress.bpb_of_loss = score.val_bpb / max(score.val_loss, 1e-9)
             if progress.step == 0:
                 progress.untrained_val_bpb = score.val_bpb
@@ -2967,6 +3060,14 @@ def train(
         progress.finish_step(train_loss, seconds)
         if progress.step <= 10 or progress.step % hp.train_log_every == 0:
             run.log0(f"{progress.position(hp)} train_loss:{train_loss:.4f} {progress.timing()}")
+            tracked = {
+                "train_loss": train_loss,
+                "gradient_norm": gradient_norm,
+                "lr_scale": scale,
+                "train_seconds": seconds,
+                "tokens_per_second": progress.tokens_per_second(hp),
+            }
+            run.tracker.log(tracked, progress.step)
         advance(part_done(progress.step, progress.seconds, hp), progress.words(hp))
         epoch = loader.epoch(progress.step)
         if epoch > loader.epoch(progress.step - 1):
@@ -4588,16 +4689,20 @@ def main() -> int:
         require_room_for_model(checkpoint, config)
         if checkpoint.header["data"] != data.identity(config):
             raise ValueError(f"DATA_PATH={hp.data_path} is not the data of RESUME={checkpoint.path}: name that data")
+    # Before the run has files, so that the same command can be given again once a missing package is installed.
+    tracker = Tracker(hp.track if world.rank == 0 else "")
     screen = Screen(world.rank == 0 and sys.stdout is not None and sys.stdout.isatty())
     log0 = RunLog(hp.run_folder, world, screen, goes_on=bool(checkpoint or last_folder))
     world.note_folder(hp.run_folder)
-    run = Run(config, hp, world, ledger, log0, screen)
+    run = Run(config, hp, world, ledger, log0, screen, tracker=tracker)
     run.signals.catch()
 
     try:
         results = train_and_score(run, data, checkpoint)
+        status = 0 if results["bytes_total"] <= hp.max_total_bytes else 3
         if world.rank == 0:
             write_results(results, hp)
+        tracker.finish(status)
         log0.close()
         conclude(run, results)
     except KeyboardInterrupt:
@@ -4606,7 +4711,9 @@ def main() -> int:
         log0.to_file(line)
         if world.rank == 0:
             show(line, sys.stderr)
-        return 128 + (run.signals.stop or signal.SIGINT)
+        status = 128 + (run.signals.stop or signal.SIGINT)
+        tracker.finish(status)
+        return status
     except BaseException as error:
         run.signals.deferred = True
         blamed = blame_dead_ranks(error, run)
@@ -4617,7 +4724,7 @@ def main() -> int:
         raise blamed from None
     if world.size > 1:
         dist.destroy_process_group()
-    return 0 if results["bytes_total"] <= hp.max_total_bytes else 3
+    return status
 
 
 def what_is_left(run: Run) -> str:
@@ -4705,7 +4812,10 @@ def train_and_score(run: Run, data: Data, checkpoint: Checkpoint | None) -> dict
     log0(f"{loaded} {key_values(method)} {counted}")
     log0(key_values(identity))
 
-    results = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
+    known_before = {**vars(config), **vars(hp), "settings_changed": changed, **machine, **identity}
+    results = dict(known_before)
+    first_step = checkpoint.header["progress"]["step"] + 1 if checkpoint else 0
+    run.tracker.start(hp, known_before, first_step, run.warn)
     ledger.switch("compile")
     run = dataclasses.replace(run, compiled=wants_compile(run))
     ledger.switch("startup")
@@ -4730,6 +4840,11 @@ def train_and_score(run: Run, data: Data, checkpoint: Checkpoint | None) -> dict
         "scored_bytes": score.bytes,
     }
     results = report(run, results, parts)
+    tracked = {}
+    for name, value in results.items():
+        if name not in known_before and isinstance(value, int | float):
+            tracked[f"final/{name}"] = value
+    run.tracker.log(tracked, run.progress.step)
     milliseconds = 1000 * ledger.spent["evaluate"]
     log0(f"final_{hp.codec}_roundtrip {score.line(4)} eval_time:{milliseconds:.0f}ms {counted}")
     log0(f"final_{hp.codec}_roundtrip_exact {score.line(8)} {key_values(method)} {counted}")

@@ -119,6 +119,7 @@ def another_value(field: dataclasses.Field) -> str:
         "eval_method": "flat",
         "compute_dtype": "float32",
         "compile": "1",
+        "track": "wandb",
         "train_batch_tokens": "2048",
         "train_seq_len": "1024",
         "codec": "int8_zlib",

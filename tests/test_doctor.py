@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,6 +182,15 @@ def test_versions_that_are_too_old_or_missing(tmp_path):
     assert "no-such-package-of-ours>=2 is not installed" in failure.text
     assert "numpy" not in failure.text
     assert failure.text.endswith("\npython -m pip install -r requirements.txt")
+
+
+def test_tracker_that_is_not_installed_would_stop_the_run(tiny_settings, monkeypatch, capsys):
+    plan = doctor.make_plan([], {**tiny_settings, "TRACK": "trackio"})
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("-packages")])
+    report = doctor.Report()
+    report.examine("Settings", doctor.check_settings(plan))
+    assert report.words[-1] == "FAIL"
+    assert "TRACK=trackio needs its package: python -m pip install trackio" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

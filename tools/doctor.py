@@ -256,6 +256,8 @@ def check_settings(plan: Plan) -> Findings:
         yield Finding("note", f"set to what PRESET={hp.preset} has anyway: {', '.join(same)}")
     if unread := tg.unread_variables(plan.env):
         yield Finding("warning", f"not read, the script has no such settings: {', '.join(unread)}")
+    # A package that is missing is a ValueError, which names the command that installs it.
+    tg.Tracker(hp.track)
 
 
 def show_value(value: object) -> str:

@@ -811,6 +811,7 @@ PER_RUN = {
     "tokenizer_path",
     "checkpoint_every",
     "resume",
+    "track",
 }
 
 # Phases of a run that do not count against the limit of the training time. All others do, whatever their name.

@@ -21,7 +21,12 @@ from typing import NamedTuple
 # Importing one of these fails the check `no_network`.
 NETWORK_MODULES = {
     *("aiohttp", "asyncio", "datasets", "ftplib", "http", "httpx", "huggingface_hub", "imaplib", "poplib", "requests"),
-    *("smtplib", "socket", "socketserver", "ssl", "urllib", "wandb", "xmlrpc"),
+    *("smtplib", "socket", "socketserver", "ssl", "urllib", "xmlrpc"),
+}
+# Packages that TRACK sends numbers of a run to. They could also fetch something, so a script may use no more of them.
+TRACKERS = {
+    "trackio": {"init", "log", "finish"},
+    "wandb": {"init", "log", "finish", "login", "Settings"},
 }
 # Packages beyond the standard library that count no bytes.
 PACKAGES = {
@@ -134,6 +139,7 @@ def find_faults(data: bytes) -> SourceFaults:
         *density_faults(nodes, source),
     ]
     network = [f"line {line} imports {module}" for line, module in imports_of(nodes) if module in NETWORK_MODULES]
+    network += [f"line {line} {fault}" for line, fault in tracker_faults(nodes)]
     return SourceFaults(tuple(f"line {line} {fault}" for line, fault in found), tuple(network))
 
 
@@ -161,8 +167,28 @@ def called_name(node: ast.Call) -> str:
 
 def import_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     for line, module in imports_of(nodes):
-        if module not in PACKAGES | MODULES | NETWORK_MODULES:
+        if module not in PACKAGES | MODULES | NETWORK_MODULES | TRACKERS.keys():
             yield line, f"imports {module}, which scripts may not import (the list is in tools/source.py)"
+
+
+def tracker_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Uses of a tracker other than `import wandb` and then wandb.log and the like, by these names."""
+    plain_imports = set()
+    plain_uses = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            plain_imports |= {(node.lineno, alias.name) for alias in node.names if alias.asname is None}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = node.value
+            if node.attr in TRACKERS.get(name.id, ()):
+                plain_uses.add(id(name))
+
+    for line, module in imports_of(nodes):
+        if module in TRACKERS and (line, module) not in plain_imports:
+            yield line, f"imports {module} in another way than import {module}"
+    for node in nodes:
+        if isinstance(node, ast.Name) and node.id in TRACKERS and id(node) not in plain_uses:
+            yield node.lineno, f"uses {node.id} other than as {node.id}.{' or .'.join(sorted(TRACKERS[node.id]))}"
 
 
 def code_faults(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:

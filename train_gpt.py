@@ -28,7 +28,7 @@ Interface for tools (all that they may use; everything else is free to change):
          module(ids) -> logits                     (B, T) int64 -> (B, T, V) float32, causal
          module.config                             GPTConfig
          load_predictor(path, device)              only in records that adapt to the text they score (tools/judge.py)
-         Cache(module)                             only in scripts that can generate without reading the text again for
+         Cache(module, n_rows=1)                   only in scripts that can generate without reading the text again for
                                                    each token: module(ids, cache=cache) goes on behind the last call
 To import the script by path, enter the module into sys.modules before it is executed: dataclasses look it up there.
 """

@@ -1,6 +1,6 @@
 """Draw loss or bits per byte of runs, in the terminal or as a picture.
 
-    python tools/plot.py runs/latest                               a line of text for each run
+    python tools/plot.py runs/latest                               a sparkline, and the results
     python tools/plot.py runs/latest --x tokens --out loss.png     a picture, PNG or SVG
     python tools/plot.py --out duel.svg --seeds band --line "new idea" runs/new_* --line baseline runs/base_*
 
@@ -27,9 +27,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from record import CurvePoint, RunLog, parse_log
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GREY = "#808a94"
 COLOURS = ("#e8743b", "#4c8dd6", "#3da35d", "#b565c4", "#a88600", "#d64c6f")
@@ -225,9 +228,11 @@ def sparkline(points: Sequence[Point], across: Range, upward: Range, width: int,
     """`width` signs along an axis, each as high as the lines between the points are there, blank beside them."""
     if not points:
         return " " * width
+    begin = across.part(points[0].x) * width
+    end = across.part(points[-1].x) * width
     text = ""
     for column in range(width):
-        if not across.part(points[0].x) * width <= column + 1 or not across.part(points[-1].x) * width >= column:
+        if column + 1 < begin or column > end:
             text += " "
             continue
         x = across.low + (column + 0.5) / width * (across.high - across.low)
@@ -307,7 +312,7 @@ def draw(lines: Sequence[Line], x: str, y: str, seeds: str, out: Path) -> None:
         # A dot at the very end should not be cut in half.
         axes.set_xlim(across.low, 1.005 * across.high)
         axes.set_ylim(upward)
-        axes.set_xlabel("tokens of training" if x == "tokens" else f"{x} of training")
+        axes.set_xlabel(f"{x} of training")
         axes.set_ylabel(UNITS[y])
         axes.spines[["top", "left", "right"]].set_visible(False)
         axes.tick_params(length=0)
@@ -316,22 +321,8 @@ def draw(lines: Sequence[Line], x: str, y: str, seeds: str, out: Path) -> None:
             axes.xaxis.set_major_formatter(EngFormatter())
 
         for number, line in enumerate(lines):
-            colour = COLOURS[number % len(COLOURS)]
             style = DASHES[number // len(COLOURS) % len(DASHES)]
-            is_band = seeds != "curves" and len(line.curves) > 1
-            if is_band:
-                mean, deviation = to_band(line.curves)
-                xs = [point.x for point in mean]
-                low = [point.y - width for point, width in zip(mean, deviation, strict=True)]
-                high = [point.y + width for point, width in zip(mean, deviation, strict=True)]
-                axes.fill_between(xs, low, high, color=colour, alpha=0.25, linewidth=0)
-                axes.plot(xs, [point.y for point in mean], color=colour, linestyle=style)
-            for curve in line.curves:
-                if curve.line and (not is_band or seeds == "both"):
-                    axes.plot(*zip(*curve.line, strict=True), color=colour, linestyle=style, linewidth=1.0)
-                if curve.val:
-                    axes.plot(*zip(*curve.val, strict=True), "o", color=colour, markersize=3.5)
-
+            draw_line(axes, line, COLOURS[number % len(COLOURS)], style, seeds)
         for name, colour, height in names_beside(lines, upward):
             # A dollar sign in a name begins no formula.
             axes.annotate(
@@ -340,6 +331,24 @@ def draw(lines: Sequence[Line], x: str, y: str, seeds: str, out: Path) -> None:
         # Neither the day nor the version of matplotlib belongs in the file.
         unset = {"Date": None, "Creator": None} if out.suffix == ".svg" else {"Software": None}
         figure.savefig(out, transparent=True, bbox_inches="tight", dpi=150, metadata=unset)
+
+
+def draw_line(axes: Axes, line: Line, colour: str, style: str, seeds: str) -> None:
+    """Draw the runs of a line: each as a curve, all of them as a band, or both. Validations are dots."""
+    is_band = seeds != "curves" and len(line.curves) > 1
+    if is_band:
+        mean, deviation = to_band(line.curves)
+        xs = [point.x for point in mean]
+        low = [point.y - width for point, width in zip(mean, deviation, strict=True)]
+        high = [point.y + width for point, width in zip(mean, deviation, strict=True)]
+        axes.fill_between(xs, low, high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(xs, [point.y for point in mean], color=colour, linestyle=style)
+
+    for curve in line.curves:
+        if curve.line and (seeds == "both" or not is_band):
+            axes.plot(*zip(*curve.line, strict=True), color=colour, linestyle=style, linewidth=1.0)
+        if curve.val:
+            axes.plot(*zip(*curve.val, strict=True), "o", color=colour, markersize=3.5)
 
 
 def names_beside(lines: Sequence[Line], upward: Range) -> list[tuple[str, str, float]]:

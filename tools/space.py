@@ -24,11 +24,12 @@ from huggingface_hub import ModelCard, SpaceCardData
 
 APP = Path(__file__).resolve().parent / "hf" / "app.py"
 
-# What the page was tried with. Gradio before 6.17 fetches parts of each page from elsewhere.
+# The page was tried with these, and with gradio 6.18 and transformers 5.0 together. Gradio before 6.17 fetches parts of
+# every page from elsewhere.
 GRADIO_VERSION = "6.31.0"
 PYTHON_VERSION = "3.11"
 REQUIREMENTS = """\
-gradio>=6.17
+gradio>=6.18
 sentencepiece>=0.2.2
 torch>=2.11
 transformers>=5

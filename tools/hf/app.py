@@ -6,7 +6,7 @@
 It runs on a CPU and asks nobody on the network for anything. The same seed gives the same text on the same machine. The
 model's own code, which is part of its folder, is run: open what you trust.
 
-    pip install "gradio>=6.17" "transformers>=5"
+    pip install "gradio>=6.18" "transformers>=5"
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ try:
         TopPLogitsWarper,
     )
 except ImportError as missing:
-    sys.exit(f'error: app.py needs gradio and transformers ({missing}): pip install "gradio>=6.17" "transformers>=5"')
+    sys.exit(f'error: app.py needs gradio and transformers ({missing}): pip install "gradio>=6.18" "transformers>=5"')
 
 
 # A page that is drawn again for every token takes a good part of the time from the model.
@@ -97,7 +97,10 @@ class Speaker:
     def speak(
         self, prompt: str, temperature: float, top_p: float, min_p: float, max_tokens: int, seed: int
     ) -> Iterator[tuple[str, str]]:
-        """The text so far with a remark on it, several times a second. Nothing is computed unless it is asked for."""
+        """The text so far with a remark on it, several times a second.
+
+        Gradio asks for no more when the reader presses Stop or leaves, and then nothing more is computed.
+        """
         ids = self.tokenizer.encode(prompt)
         n_prompt = len(ids)
         begin = time.perf_counter()
@@ -111,7 +114,7 @@ class Speaker:
                 next_look = time.perf_counter() + SECONDS_BETWEEN_LOOKS
 
         n_tokens = len(ids) - n_prompt
-        ending = "the document ends here" if n_tokens < max_tokens else "the end that was asked for"
+        ending = "the document ends here" if n_tokens < max_tokens else "as many as were asked for"
         yield self.decode(ids), f"{speed(n_tokens, begin)}: {ending}"
 
     def decode(self, ids: Sequence[int]) -> str:

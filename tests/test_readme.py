@@ -126,7 +126,7 @@ def test_lines_of_the_readme_that_use_a_model(tmp_path, trained):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     lines = block[1].splitlines()
-    assert len(lines) >= 4
+    assert len(lines) == 5
     for line in lines:
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -134,7 +134,7 @@ def front_matter(card: Card) -> str:
 
 def hub_results(card: Card) -> Iterator[EvalResult]:
     """The figures of every benchmark that was scored as a whole, and the score of the run."""
-    if "val_bpb" in card.subject.run and not card.subject.run["partial"]:
+    if "val_bpb" in card.subject.run and not card.subject.run.get("partial"):
         yield EvalResult(
             task_type="text-generation",
             dataset_type="text",
@@ -195,7 +195,7 @@ def introduction(card: Card) -> Iterator[str]:
     text = f"A language model of {n_parameters:,} parameters, trained from nothing by one script of parameter golf"
     if "val_bpb" in run:
         part = f"{run['val_documents']:,} validation documents"
-        if run["partial"]:
+        if run.get("partial"):
             part = f"first {run['scored_tokens']:,} validation tokens"
         text += (
             f". It was stored in {run['bytes_artifact']:,} bytes, which these weights are read from, and scores "
@@ -272,13 +272,14 @@ def data(card: Card) -> Iterator[str]:
         lossless = "It gives any text back"
     else:
         lossless = "It may change a text, such as its blanks and line ends"
+    kind = tokenizer.settings["model_type"]
     yield "## Data and tokenizer"
     yield ""
     rows = [
         ("training text", f"{run['train_dataset']}, {run['train_tokens']:,} tokens" if run else "not known"),
         ("validation text, sha256", f"`{run.get('val_text_sha256') or 'not known'}`"),
         ("validation shards, sha256", f"`{run.get('val_shards_sha256') or 'not known'}`"),
-        ("tokenizer", f"SentencePiece BPE, {tokenizer.sp.get_piece_size():,} pieces. {lossless}"),
+        ("tokenizer", f"SentencePiece {kind}, {tokenizer.sp.get_piece_size():,} pieces. {lossless}"),
         ("tokenizer, sha256", f"`{file_sha256(tokenizer.path)}`"),
         ("artifact, sha256", f"`{file_sha256(card.subject.artifact)}`"),
         ("script, sha256", f"`{file_sha256(card.subject.script)}`"),

@@ -1862,7 +1862,8 @@ READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 HOW_TO_GET_DATA = (
     "`python data/build_shards.py` makes the data of PRESET=smoke, or with --input shards of your own text; "
-    "`python data/download.py --variant sp1024` gets those of PRESET=baseline and small, --variant sp8192 of record"
+    "`python data/download.py --variant sp1024` gets those of PRESET=baseline and small, "
+    "--variant sp8192 those of record and tiny"
 )
 
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches of one step: ids and targets, each (b, T) int64 on the device

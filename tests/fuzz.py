@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -484,10 +485,10 @@ def read_log(path: Path) -> None:
 
     for curve in (log.train_curve, log.val_curve):
         json.dumps(page.thinned(curve, page.TRAIN_SMOOTHING), allow_nan=False)
-    for by_steps in (True, False):
-        line = plot.Line("a", "red", [plot.to_curve(log, by_steps, 0.02)])
+    for x, y in itertools.product(("seconds", "steps", "tokens"), ("loss", "bpb")):
         with contextlib.suppress(ValueError):
-            plot.find_axes([line])
+            line = plot.Line("a", [plot.read_curve(path, x, y, 0.02)])
+            plot.in_text([line], x, y, 80, plot.BLOCKS)
 
 
 # -- Running them ----------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ DATA_COMMANDS = {
     "small": "python data/download.py --variant sp1024",
     "baseline": "python data/download.py --variant sp1024",
     "record": "python data/download.py --variant sp8192",
+    "tiny": "python data/download.py --variant sp8192",
 }
 
 

@@ -674,6 +674,8 @@ def test_runs_survive_kills_and_minutes(tmp_path):
 
     soaked = measure("soak", "--seconds", "30", "--every", "1", "--checkpoint-every", "1")
     first, last = soaked["first_fifth"], soaked["last_fifth"]
-    assert last["memory_mib"] < first["memory_mib"] + 16
+    # On a busy machine, the first seconds are not yet those of a run that has got going, which takes 20 MiB. Keeping
+    # what each of the 30 checkpoints writes would take hundreds.
+    assert last["memory_mib"] < first["memory_mib"] + 64
     assert last["open_files"] <= first["open_files"] + 1
     assert last["threads"] <= first["threads"] + 1
